@@ -1,0 +1,1 @@
+"""The programs slime drives: Megatron-core trains, SGLang or the embedded engine generates."""

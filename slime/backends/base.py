@@ -1,0 +1,96 @@
+"""What slime asks of a trainer and of an engine: Protocols and plain records, no behaviour.
+
+The loop, the weight sync and the process room know trainers and engines only by these names,
+so a fake of twenty lines stands in for either in a test.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from slime.weight_sync.base import EngineError, WeightEngine, WeightSource
+
+__all__ = ["EngineClient", "EngineError", "EngineSpec", "ParallelConfig", "Trainer", "WeightEngine", "WeightSource"]
+
+ParallelConfig = Mapping[str, int]
+"""dp_size, cp_size, vpp_size, microbatch_group_size_per_vp_stage: what batching must know of a trainer's layout."""
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """One engine process, as placement decided it; enough to build its command line."""
+
+    index: int
+    """Position among the engines of this run, from 0."""
+    host: str
+    port: int
+    num_devices: int
+    device: str
+    """`cpu` or `cuda`."""
+    device_ids: tuple[int, ...]
+    """Physical ids of the devices on the engine's node; empty on CPU."""
+    model_path: str
+    dtype: str
+    """`bfloat16`, `float16` or `float32`: what weights and activations are served in."""
+    threads: int
+    """CPU threads of the engine's model loop."""
+    log_path: Path
+    weights_dir: Path
+    """Folder (mode 0700) through which a trainer on the same host hands over weights."""
+    seed: int
+    nccl_port: int = 0
+
+    @property
+    def name(self) -> str:
+        """How logs and errors call this engine."""
+        return f"engine {self.index}"
+
+    @property
+    def url(self) -> str:
+        """Where it listens."""
+        return f"http://{self.host}:{self.port}"
+
+
+@runtime_checkable
+class EngineClient(WeightEngine, Protocol):
+    """One engine, spoken to over SGLang's HTTP protocol. Every call has a deadline and raises `EngineError`."""
+
+    def health(self) -> bool: ...
+
+    def release_memory(self, tags: Sequence[str] | None = None) -> None: ...
+
+    def resume_memory(self, tags: Sequence[str] | None = None) -> None: ...
+
+    def abort(self, rid: str | None = None) -> None:
+        """End one request, or all of them when `rid` is None."""
+
+    def num_requests(self) -> int:
+        """Requests running or waiting."""
+
+    def server_info(self) -> dict[str, Any]: ...
+
+
+class Trainer(Protocol):
+    """One rank of a training job; every method is called on all ranks, and returns on all ranks."""
+
+    def init(self) -> int:
+        """Build the model, load it, and return the first rollout id to run (0, or the one after a checkpoint)."""
+
+    def parallel_config(self) -> ParallelConfig: ...
+
+    def train(self, rollout_id: int, shard: dict[str, Any]) -> dict[str, float]:
+        """Train on this rank's part of a rollout; the metrics are complete on every rank."""
+
+    def save(self, rollout_id: int) -> None: ...
+
+    def save_hf(self, path: str) -> None: ...
+
+    def weights(self) -> WeightSource: ...
+
+    def sleep(self) -> None:
+        """Give back the memory that only training needs."""
+
+    def wake_up(self) -> None: ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,1 @@
+"""How one version of the weights reaches every engine, and how that is proved."""
