@@ -11,7 +11,15 @@ from typing import Any, Protocol, runtime_checkable
 
 from slime.weight_sync.base import EngineError, WeightEngine, WeightSource
 
-__all__ = ["EngineClient", "EngineError", "EngineSpec", "ParallelConfig", "Trainer", "WeightEngine", "WeightSource"]
+__all__ = [
+    "EngineClient",
+    "EngineError",
+    "EngineSpec",
+    "ParallelConfig",
+    "Trainer",
+    "WeightEngine",
+    "WeightSource",
+]
 
 ParallelConfig = Mapping[str, int]
 """dp_size, cp_size, vpp_size, microbatch_group_size_per_vp_stage: what batching must know of a trainer's layout."""

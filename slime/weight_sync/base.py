@@ -54,11 +54,23 @@ class WeightEngine(Protocol):
     def update_weights_from_shared_memory(self, manifest: dict[str, Any]) -> None: ...
 
     def init_weights_update_group(
-        self, *, master_address: str, master_port: int, rank_offset: int, world_size: int, group_name: str, backend: str
+        self,
+        *,
+        master_address: str,
+        master_port: int,
+        rank_offset: int,
+        world_size: int,
+        group_name: str,
+        backend: str,
     ) -> None: ...
 
     def update_weights_from_distributed(
-        self, *, names: Sequence[str], dtypes: Sequence[str], shapes: Sequence[Sequence[int]], group_name: str,
+        self,
+        *,
+        names: Sequence[str],
+        dtypes: Sequence[str],
+        shapes: Sequence[Sequence[int]],
+        group_name: str,
         weight_version: str | None = None,
     ) -> None: ...
 

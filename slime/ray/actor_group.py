@@ -1,0 +1,139 @@
+"""All ranks of one trainer, spoken to as one."""
+
+from argparse import Namespace
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from slime.ray import cluster
+from slime.ray.engines import EngineRecord
+from slime.ray.train_actor import TrainRayActor
+from slime.ray.utils import thread_env
+from slime.ray.waiting import wait_for
+
+_DEVICE_SHARE = (
+    0.4  # of a device; the engine on a shared device takes less than the rest
+)
+
+_START_TIMEOUT_S = 600.0
+_TRAIN_ENV = {
+    "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+    "NCCL_CUMEM_ENABLE": "0",
+    "NVTE_FP8_BLOCK_SCALING_FP32_SCALES": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+class RayTrainGroup:
+    """A trainer: one actor a device of `devices`. Its verbs return when every rank is done."""
+
+    def __init__(self, args: Namespace, devices: Any, role: str = "actor") -> None:
+        self._args, self._devices, self._role = args, devices, role
+        self._actors: list[Any] = []
+        self._version = int(getattr(args, "update_weight_start_version", 0) or 0)
+
+    @property
+    def weight_version(self) -> int:
+        """Version that the engines hold since the last sync (0: none yet)."""
+        return self._version
+
+    def create(self, rollout_manager: Any = None) -> list[int]:
+        """Start all ranks and load the model; returns each rank's first rollout id. Does nothing when alive."""
+        if self._actors:
+            return []
+        world_size = len(self._devices.bundles)
+        env = (
+            thread_env(self._args.train_threads)
+            | _TRAIN_ENV
+            | dict(self._args.train_env_vars or {})
+        )
+        resource = cluster.device_resource(self._args)
+        share = (
+            {"num_gpus": _DEVICE_SHARE}
+            if resource == "GPU"
+            else {"resources": {resource: _DEVICE_SHARE}}
+        )
+        for rank, bundle in enumerate(self._devices.bundles):
+            options = {
+                "num_cpus": _DEVICE_SHARE,
+                "runtime_env": {"env_vars": env | self._visible_device(rank)},
+                "scheduling_strategy": PlacementGroupSchedulingStrategy(
+                    placement_group=self._devices.group,
+                    placement_group_bundle_index=bundle,
+                ),
+                **share,
+            }
+            self._actors.append(
+                ray.remote(TrainRayActor)
+                .options(**options)
+                .remote(self._args, rank, world_size, self._role)
+            )
+        ((host, port),) = wait_for(
+            {self._name(0): self._actors[0].get_master_addr_and_port.remote()},
+            "start",
+            _START_TIMEOUT_S,
+        )
+        start_ids = self._call("init", host, port, what="load the model")
+        if rollout_manager is not None:
+            config = ray.get(self._actors[0].parallel_config.remote())
+            ray.get(rollout_manager.set_train_parallel_config.remote(config))
+        return start_ids
+
+    def train(self, rollout_id: int, shards: list[Any]) -> dict[str, float]:
+        """Train on one rollout; metrics of rank 0, which are complete."""
+        return self._call(
+            "train", rollout_id, shards, what=f"train on rollout {rollout_id}"
+        )[0]
+
+    def connect_engines(self, engines: list[EngineRecord]) -> None:
+        self._call("connect_engines", engines, what="connect to the engines")
+
+    def update_weights(self) -> dict[str, float]:
+        """Give the engines the next version of the weights, proved; metrics of the sync."""
+        metrics = self._call(
+            "update_weights",
+            self._version + 1,
+            what=f"sync weights version {self._version + 1}",
+        )[0]
+        self._version += 1
+        return metrics
+
+    def save_model(self, rollout_id: int) -> None:
+        self._call(
+            "save_model",
+            rollout_id,
+            what=f"save the checkpoint of rollout {rollout_id}",
+        )
+
+    def save_hf(self, path: str) -> None:
+        self._call("save_hf", path, what=f"export to {path}")
+
+    def offload(self) -> None:
+        """Give back the memory that only training needs."""
+        self._call("sleep", what="release memory")
+
+    def onload(self) -> None:
+        self._call("wake_up", what="take memory back")
+
+    def close(self) -> None:
+        """End all ranks."""
+        for actor in self._actors:
+            ray.kill(actor)
+        self._actors = []
+
+    def _visible_device(self, rank: int) -> dict[str, str]:
+        device_id = self._devices.device_ids[rank]
+        return {} if device_id < 0 else {"CUDA_VISIBLE_DEVICES": str(device_id)}
+
+    def _name(self, rank: int) -> str:
+        return f"{self._role} rank {rank}"
+
+    def _call(
+        self, method: str, *method_args: Any, what: str, timeout_s: float | None = None
+    ) -> list[Any]:
+        calls = {
+            self._name(rank): getattr(actor, method).remote(*method_args)
+            for rank, actor in enumerate(self._actors)
+        }
+        return wait_for(calls, what, timeout_s)

@@ -1,0 +1,145 @@
+"""Reserve devices for trainers and engines, and build the actors that live on them."""
+
+import logging
+from argparse import Namespace
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.util.placement_group import (
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
+
+from slime.ray import cluster
+from slime.ray.actor_group import RayTrainGroup
+from slime.ray.rollout import RolloutManager
+from slime.ray.waiting import RemoteError, wait_for
+
+logger = logging.getLogger(__name__)
+
+_PLACEMENT_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True)
+class Devices:
+    """Some of the run's devices: bundles of one placement group, in the order in which ranks use them."""
+
+    group: Any
+    bundles: tuple[int, ...]
+    device_ids: tuple[int, ...]
+    """Physical ids on their node, where a device has one (a GPU); -1 on CPU."""
+
+
+def create_placement_groups(args: Namespace) -> dict[str, Devices]:
+    """Reserve one bundle a device, and share them out: keys `actor`, `rollout` and, with a critic, `critic`.
+
+    Raises:
+        RemoteError: the cluster could not reserve them in time.
+    """
+    num_devices, rollout_offset = cluster.placement_layout(args)
+    if num_devices == 0:
+        nothing = Devices(None, (), ())
+        return {"actor": nothing, "rollout": nothing}
+    resource = cluster.device_resource(args)
+    group = placement_group(
+        [{resource: 1, "CPU": 1} for _ in range(num_devices)], strategy="PACK"
+    )
+    ready, _ = ray.wait([group.ready()], timeout=_PLACEMENT_TIMEOUT_S)
+    if not ready:
+        remove_placement_group(group)
+        raise RemoteError(
+            f"The cluster did not reserve {num_devices} x {resource} within {_PLACEMENT_TIMEOUT_S:.0f} s; it has "
+            f"{ray.available_resources().get(resource, 0):.0f} free of {ray.cluster_resources().get(resource, 0):.0f}. "
+            "End other runs on it, or ask for fewer devices."
+        )
+    bundles, device_ids = _in_device_order(group, num_devices, resource)
+
+    def devices(start: int, count: int) -> Devices:
+        return Devices(
+            group, bundles[start : start + count], device_ids[start : start + count]
+        )
+
+    trainers = (
+        0
+        if args.debug_rollout_only
+        else args.actor_num_nodes * args.actor_num_gpus_per_node
+    )
+    groups = {
+        "actor": devices(0, trainers),
+        "rollout": devices(
+            rollout_offset, 0 if args.debug_train_only else args.rollout_num_gpus or 0
+        ),
+    }
+    if args.use_critic:
+        groups["critic"] = groups["actor"]
+    return groups
+
+
+def _in_device_order(
+    group: Any, num_devices: int, resource: str
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Bundles sorted by node and device, so that consecutive ranks share a node."""
+    nodes = placement_group_table(group)["bundles_to_node_id"]
+    if resource != "GPU":
+        order = sorted(range(num_devices), key=lambda bundle: (nodes[bundle], bundle))
+        return tuple(order), (-1,) * num_devices
+    probes = [
+        _gpu_id.options(
+            num_gpus=1,
+            num_cpus=0,
+            placement_group=group,
+            placement_group_bundle_index=bundle,
+        ).remote()
+        for bundle in range(num_devices)
+    ]
+    gpu_ids = ray.get(probes, timeout=_PLACEMENT_TIMEOUT_S)
+    order = sorted(
+        range(num_devices), key=lambda bundle: (nodes[bundle], gpu_ids[bundle])
+    )
+    return tuple(order), tuple(gpu_ids[bundle] for bundle in order)
+
+
+@ray.remote
+def _gpu_id() -> int:
+    return int(ray.get_gpu_ids()[0])
+
+
+def create_rollout_manager(args: Namespace, devices: Devices) -> tuple[Any, int | None]:
+    """Start engines, router and data source; returns the manager and the rollouts an epoch.
+
+    Resolves `args.num_rollout` where only --num-epoch was given.
+    """
+    manager = RolloutManager.options(num_cpus=1, num_gpus=0, max_concurrency=4).remote(
+        args, devices
+    )
+    (num_rollout_per_epoch,) = wait_for(
+        {"the rollout manager": manager.get_num_rollout_per_epoch.remote()},
+        "start engines and load prompts",
+    )
+    if args.num_rollout is None:
+        args.num_rollout = args.num_epoch * num_rollout_per_epoch
+        if args.num_rollout <= 0:
+            raise ValueError(
+                f"--num-epoch {args.num_epoch} gives no rollout: the prompt data has fewer rows than "
+                f"--rollout-batch-size {args.rollout_batch_size}. Add rows or lower --rollout-batch-size."
+            )
+    return manager, num_rollout_per_epoch
+
+
+def create_training_models(
+    args: Namespace, groups: dict[str, Devices], rollout_manager: Any
+) -> tuple[Any, Any]:
+    """Build the trainers; returns (actor group, critic group or None) and resolves `args.start_rollout_id`."""
+    actor = RayTrainGroup(args, devices=groups["actor"], role="actor")
+    start_ids = actor.create(rollout_manager)
+    if args.start_rollout_id is None:
+        args.start_rollout_id = start_ids[0]
+    if (
+        args.rollout_global_dataset
+        and rollout_manager is not None
+        and args.start_rollout_id > 0
+    ):
+        ray.get(rollout_manager.load.remote(args.start_rollout_id - 1))
+    return actor, None

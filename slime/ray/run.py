@@ -1,0 +1,165 @@
+"""A run from start to end: its processes, its clock and its log, and the verbs that `train.py` is written in."""
+
+import logging
+import os
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Self
+
+import ray
+
+from slime.observability import logging_utils
+from slime.observability.run_log import RunLog
+from slime.observability.timer import StepClock
+from slime.ray import cluster
+from slime.ray.placement_group import (
+    create_placement_groups,
+    create_rollout_manager,
+    create_training_models,
+)
+from slime.ray.schedule import Schedule
+from slime.ray.waiting import wait_for
+
+logger = logging.getLogger(__name__)
+
+_MANAGER = "the rollout manager"
+
+
+class Run:
+    """Trainer, engines and rollout manager of one run, started by entering and ended by leaving it.
+
+    The verbs (`generate`, `train`, `save`, `sync`, `evaluate`) do one phase each, on whichever devices
+    the run has: where trainer and engines share them, a phase hands them over before it begins.
+    """
+
+    def __init__(self, args: Namespace) -> None:
+        self.args = args
+        self._metrics: dict[str, float] = {}
+        self._clock = StepClock()
+        self._manager: Any = None
+        self._actor: Any = None
+
+    def __enter__(self) -> Self:
+        try:
+            self._start()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._actor is not None:
+            self._actor.close()
+        if self._manager is not None:
+            ray.get(self._manager.dispose.remote(), timeout=60)
+        if hasattr(self, "_log"):
+            self._log.close()
+        cluster.stop()
+
+    def _start(self) -> None:
+        args = self.args
+        os.makedirs(args.run_dir, exist_ok=True)
+        logging_utils.configure_logger()
+        logger.info(
+            "starting Ray, %s", "GPUs" if args.device == "cuda" else "CPU devices"
+        )
+        cluster.start(args)
+        self._log = RunLog(args.run_dir, args)
+        groups = create_placement_groups(args)
+        logger.info("starting engines (%s) and loading prompts", args.rollout_engine)
+        self._manager, rollouts_per_epoch = create_rollout_manager(
+            args, groups["rollout"]
+        )
+        if args.debug_rollout_only:
+            args.start_rollout_id = args.start_rollout_id or 0
+        else:
+            logger.info(
+                "starting %d trainer rank(s), loading %s",
+                len(groups["actor"].bundles),
+                args.hf_checkpoint,
+            )
+            self._actor, _ = create_training_models(args, groups, self._manager)
+        self.schedule = Schedule.of(args, rollouts_per_epoch)
+        self._connect()
+
+    def _connect(self) -> None:
+        if self._actor is None or self.args.debug_train_only:
+            return
+        self._actor.connect_engines(ray.get(self._manager.engine_records.remote()))
+        self.sync()
+
+    # ---- one step of the loop ----
+
+    @contextmanager
+    def step(self, rollout_id: int) -> Iterator[None]:
+        """One rollout and what belongs to it: its metrics become one line of the log."""
+        if (
+            self._metrics
+        ):  # what came before the first step: the first sync, the first evaluation
+            self._log.step(rollout_id - 1, self._metrics)
+        self._metrics, self._clock = {}, StepClock()
+        yield
+        self._metrics |= self._clock.finish()
+        self._log.step(rollout_id, self._metrics)
+        self._metrics = {}
+
+    def generate(self, rollout_id: int) -> list[Any] | None:
+        """Rewarded samples of one rollout, as one shard a data-parallel rank."""
+        with self._clock.phase("generate"):
+            shards = self._ask(
+                "generate", rollout_id, what=f"generate rollout {rollout_id}"
+            )
+            self._metrics |= ray.get(self._manager.take_metrics.remote())
+        return shards
+
+    def train(self, rollout_id: int, shards: list[Any] | None) -> None:
+        """Train on the shards; nothing in --debug-rollout-only."""
+        if self._actor is None or shards is None:
+            return
+        with self._clock.phase("offload"):
+            if self.args.offload_rollout:
+                self._ask("offload", what="release the engines' memory")
+            if self.args.offload_train:
+                self._actor.onload()
+        with self._clock.phase("train"):
+            self._metrics |= self._actor.train(rollout_id, shards)
+
+    def save(self, rollout_id: int) -> None:
+        """Checkpoint of the model and of the prompts' position; the HuggingFace export when asked for."""
+        if self._actor is None:
+            return
+        with self._clock.phase("save"):
+            if self.args.save:
+                self._actor.save_model(rollout_id)
+                if self.args.rollout_global_dataset:
+                    self._ask("save", rollout_id, what="save the data position")
+            if self.args.save_hf:
+                self._actor.save_hf(self.args.save_hf.format(rollout_id=rollout_id))
+
+    def sync(self) -> None:
+        """Give the engines the trainer's weights, proved equal."""
+        if self._actor is None or self.args.debug_train_only:
+            return
+        with self._clock.phase("offload"):
+            if self.args.offload_train:
+                self._actor.offload()
+            if self.args.offload_rollout and self._actor.weight_version > 0:
+                self._ask("onload_weights", what="take the engines' memory back")
+        with self._clock.phase("sync"):
+            self._metrics |= self._actor.update_weights()
+        with self._clock.phase("offload"):
+            if self.args.offload_rollout and self._actor.weight_version > 1:
+                self._ask("onload_kv", what="take the engines' caches back")
+
+    def evaluate(self, rollout_id: int) -> None:
+        """Run every evaluation task with the weights that the engines hold."""
+        with self._clock.phase("eval"):
+            self._ask("eval", rollout_id, what="evaluate")
+            self._metrics |= ray.get(self._manager.take_metrics.remote())
+
+    def _ask(self, method: str, *method_args: Any, what: str) -> Any:
+        (result,) = wait_for(
+            {_MANAGER: getattr(self._manager, method).remote(*method_args)}, what
+        )
+        return result

@@ -1,0 +1,65 @@
+"""When a run evaluates and saves: one object that the loop asks by rollout id."""
+
+from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Rollout ids count from 0; intervals are in rollouts."""
+
+    start: int
+    stop: int
+    """One past the last rollout."""
+    eval_interval: int | None = None
+    save_interval: int | None = None
+    sync_interval: int = 1
+    rollouts_per_epoch: int | None = None
+    skips_first_eval: bool = False
+
+    @classmethod
+    def of(cls, args: Namespace, rollouts_per_epoch: int | None) -> "Schedule":
+        return cls(
+            start=args.start_rollout_id,
+            stop=args.num_rollout,
+            eval_interval=args.eval_interval if args.eval_datasets else None,
+            save_interval=args.save_interval,
+            sync_interval=args.update_weights_interval,
+            rollouts_per_epoch=rollouts_per_epoch,
+            skips_first_eval=args.skip_eval_before_train,
+        )
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.start, self.stop))
+
+    @property
+    def evaluates_first(self) -> bool:
+        """Whether the untrained model is evaluated; not again after a resume."""
+        return (
+            self.eval_interval is not None
+            and self.start == 0
+            and not self.skips_first_eval
+        )
+
+    def evaluates_after(self, rollout_id: int) -> bool:
+        return self._is_due(rollout_id, self.eval_interval)
+
+    def saves_after(self, rollout_id: int) -> bool:
+        """The last rollout is always saved when saving is on."""
+        return self.save_interval is not None and (
+            rollout_id == self.stop - 1 or self._is_due(rollout_id, self.save_interval)
+        )
+
+    def syncs_after(self, rollout_id: int) -> bool:
+        """Engines get new weights at the interval, and before anything that reads them at the end."""
+        return (rollout_id + 1) % self.sync_interval == 0 or rollout_id == self.stop - 1
+
+    def _is_due(self, rollout_id: int, interval: int | None) -> bool:
+        if interval is None:
+            return False
+        ends_epoch = (
+            bool(self.rollouts_per_epoch)
+            and (rollout_id + 1) % self.rollouts_per_epoch == 0
+        )
+        return (rollout_id + 1) % interval == 0 or ends_epoch

@@ -1,0 +1,109 @@
+"""One rank of a trainer as a Ray actor: it carries the trainer's verbs and the engines' addresses, no training code."""
+
+import os
+import socket
+from argparse import Namespace
+from typing import Any
+
+import ray
+
+from slime.backends.base import Trainer
+from slime.observability.logging_utils import configure_logger
+from slime.ray.engines import EngineRecord
+from slime.weight_sync.sync import WeightSync
+
+
+class TrainRayActor:
+    """Built by `RayTrainGroup`, one a device; all ranks get the same calls in the same order."""
+
+    def __init__(
+        self, args: Namespace, rank: int, world_size: int, role: str = "actor"
+    ) -> None:
+        configure_logger(prefix=f"{role} {rank}")
+        self._args, self._rank, self._world_size, self._role = (
+            args,
+            rank,
+            world_size,
+            role,
+        )
+        self._trainer: Trainer | None = None
+        self._sync: WeightSync | None = None
+
+    def get_master_addr_and_port(self) -> tuple[str, int]:
+        """Where rank 0 will listen for the other ranks."""
+        host = ray.util.get_node_ip_address()
+        with socket.socket() as probe:
+            probe.bind((host, 0))
+            return host, probe.getsockname()[1]
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def init(self, master_addr: str, master_port: int) -> int:
+        """Build and load the model; returns the first rollout id to run."""
+        from slime.backends.megatron.trainer import MegatronTrainer
+
+        self._trainer = MegatronTrainer(
+            self._args,
+            self._rank,
+            self._world_size,
+            master_addr,
+            master_port,
+            role=self._role,
+        )
+        return self._trainer.init()
+
+    def parallel_config(self) -> dict[str, int]:
+        return dict(self.trainer.parallel_config())
+
+    @property
+    def trainer(self) -> Trainer:
+        if self._trainer is None:
+            raise RuntimeError(
+                f"{self._role} rank {self._rank} was not initialised: call init() first."
+            )
+        return self._trainer
+
+    def train(self, rollout_id: int, shards: list[Any]) -> dict[str, float]:
+        """Train on this rank's shard (one `Box(ObjectRef)` a data-parallel rank)."""
+        shard = ray.get(shards[self._data_parallel_rank()].inner)
+        return self.trainer.train(rollout_id, shard)
+
+    def _data_parallel_rank(self) -> int:
+        return int(getattr(self.trainer, "data_parallel_rank", self._rank))
+
+    def connect_engines(self, engines: list[EngineRecord]) -> None:
+        """Learn which engines the next weight syncs must reach; called again after a restart of engines."""
+        from slime.ray.weights import make_weight_sync
+
+        if self._sync is None:
+            self._sync = make_weight_sync(
+                self._args, self.trainer.weights(), engines, is_sender=self._rank == 0
+            )
+        self._sync.connect(
+            [engine.client() for engine in engines] if self._rank == 0 else []
+        )
+
+    def update_weights(self, version: int) -> dict[str, float]:
+        """Bring the engines to `version` and prove it; metrics on rank 0."""
+        if self._sync is None:
+            raise RuntimeError("update_weights() before connect_engines().")
+        return self._sync.sync(version).metrics()
+
+    def save_model(self, rollout_id: int) -> None:
+        self.trainer.save(rollout_id)
+
+    def save_hf(self, path: str) -> None:
+        self.trainer.save_hf(path)
+
+    def sleep(self) -> None:
+        self.trainer.sleep()
+
+    def wake_up(self) -> None:
+        self.trainer.wake_up()
+
+    def close(self) -> None:
+        if self._sync is not None:
+            self._sync.close()
+        if self._trainer is not None:
+            self._trainer.close()

@@ -1,0 +1,59 @@
+"""Which transport and which digests a run's weight sync uses; the one place that knows both ends."""
+
+import tempfile
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from slime.ray.engines import EngineRecord
+from slime.weight_sync.base import WeightSource
+from slime.weight_sync.digest import ExpectedDigests, TensorDigests
+from slime.weight_sync.sync import Transport, WeightSync
+from slime.weight_sync.transports import DiskTransport, SharedMemoryTransport
+
+
+def make_weight_sync(
+    args: Namespace,
+    source: WeightSource,
+    engines: Sequence[EngineRecord],
+    *,
+    is_sender: bool,
+) -> WeightSync:
+    """The sync between one trainer and engines of one kind."""
+    return WeightSync(
+        source,
+        transport=_transport(args, engines),
+        expected_digests=_expected_digests(args, engines),
+        bucket_size_bytes=args.update_weight_buffer_size,
+        is_sender=is_sender,
+    )
+
+
+def _transport(args: Namespace, engines: Sequence[EngineRecord]) -> Transport:
+    if args.update_weight_transport == "disk":
+        folder = args.update_weight_disk_dir or tempfile.mkdtemp(
+            prefix="slime-weights-"
+        )
+        return DiskTransport(
+            Path(folder),
+            model_path=args.hf_checkpoint,
+            keep_files=args.update_weight_disk_keep_files,
+        )
+    if engines[0].kind == "embedded":
+        return SharedMemoryTransport(Path(engines[0].weights_dir))
+    from slime.weight_sync.distributed import DistributedTransport
+
+    backend = "nccl" if args.device == "cuda" else "gloo"
+    return DistributedTransport(
+        backend=backend, ranks_per_engine=[engine.num_devices for engine in engines]
+    )
+
+
+def _expected_digests(
+    args: Namespace, engines: Sequence[EngineRecord]
+) -> Callable[[], ExpectedDigests]:
+    if engines[0].kind == "embedded":
+        return TensorDigests
+    from slime.backends.sglang.checksum import SGLangDigests
+
+    return lambda: SGLangDigests(args.hf_checkpoint, tp_size=engines[0].num_devices)
