@@ -1,0 +1,277 @@
+"""HTTP to routers, engines and reward services: one client an event loop, retries that cannot hide an error, a deadline on each request."""
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import random
+import socket
+import subprocess
+import weakref
+from argparse import Namespace
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+logger = logging.getLogger(__name__)
+
+RETRY_INTERVAL_S = 1.0
+CONNECT_TIMEOUT_S = 30.0
+MAX_REPLY_CHARS_IN_ERROR = 2000
+
+# Connection-level failures: the request did not get an answer, and asking again is right.
+# Not among them: a URL that is wrong, a protocol that is not spoken, a deadline that is over.
+_RETRIED_FAILURES = (httpx.NetworkError, httpx.RemoteProtocolError, httpx.ConnectTimeout)
+_RETRIED_STATUS = 429
+
+
+@dataclass(frozen=True)
+class _Settings:
+    max_connections: int = 512
+    deadline_s: float = 14400.0
+
+
+_settings = _Settings()
+_http_client: httpx.AsyncClient | None = None
+"""When set, every loop uses this client: the seam where tests put an `httpx.MockTransport`."""
+_clients: "weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, httpx.AsyncClient]" = weakref.WeakKeyDictionary()
+
+
+def init_http_client(args: Namespace) -> None:
+    """Size the clients for this run: as many connections as requests in flight, and the run's deadline."""
+    global _settings
+    engines = max(1, get_rollout_num_engines(args))
+    _settings = _Settings(
+        max_connections=args.sglang_server_concurrency * engines,
+        deadline_s=float(getattr(args, "sglang_router_request_timeout_secs", None) or _Settings.deadline_s),
+    )
+    _clients.clear()
+
+
+def get_rollout_num_engines(args: Namespace) -> int:
+    """How many engines serve this run; 0 when no device is set aside for them."""
+    engines = getattr(args, "rollout_num_engines", None)
+    if engines is not None:
+        return int(engines)
+    if not args.rollout_num_gpus:
+        return 0
+    return max(1, int(args.rollout_num_gpus) // int(args.rollout_num_gpus_per_engine))
+
+
+async def post(
+    url: str,
+    payload: Any,
+    max_retries: int = 60,
+    headers: dict[str, str] | None = None,
+    timeout_s: float | None = None,
+) -> Any:
+    """POST `payload` as JSON; the parsed JSON of the reply, or its text when it is none.
+
+    A connection that fails and the statuses 429 and 5xx are tried again after a second, with the same payload, up to
+    `max_retries` times. Any other status of 400 and above is raised at once.
+
+    Args:
+        timeout_s: deadline over all attempts, by default `--sglang-router-request-timeout-secs`.
+
+    Raises:
+        httpx.HTTPStatusError: with the server's words in the message.
+        httpx.TransportError: no connection, still, after the last attempt.
+        TimeoutError: the deadline is over.
+    """
+    return await _request("POST", url, payload, max_retries, headers, timeout_s)
+
+
+async def get(url: str, max_retries: int = 5, timeout_s: float | None = None) -> Any:
+    """GET `url`; parsed JSON, or the text when it is none. Retries and errors as in `post`."""
+    return await _request("GET", url, None, max_retries, None, timeout_s)
+
+
+async def stream_post(
+    url: str, payload: Any, headers: dict[str, str] | None = None, timeout_s: float | None = None
+) -> AsyncIterator[Any]:
+    """POST and yield the JSON of each server-sent event (`data: {...}`) until `data: [DONE]`.
+
+    Not retried: what was yielded cannot be taken back. Errors as in `post`.
+    """
+    deadline_s = _settings.deadline_s if timeout_s is None else timeout_s
+    try:
+        async with asyncio.timeout(deadline_s), _client().stream("POST", url, json=payload, headers=headers) as reply:
+            if reply.status_code >= 400:
+                await reply.aread()
+                raise _status_error("POST", url, reply)
+            async for line in reply.aiter_lines():
+                if not line.startswith("data:"):
+                    continue
+                event = line.removeprefix("data:").strip()
+                if event == "[DONE]":
+                    return
+                yield json.loads(event)
+    except TimeoutError:
+        raise TimeoutError(f"POST {url} (streaming) was not complete within {deadline_s:g} s.") from None
+
+
+async def _request(
+    method: str, url: str, payload: Any, max_retries: int, headers: dict[str, str] | None, timeout_s: float | None
+) -> Any:
+    deadline_s = _settings.deadline_s if timeout_s is None else timeout_s
+    failures: list[Exception] = []
+    try:
+        async with asyncio.timeout(deadline_s):
+            while True:
+                try:
+                    return await _attempt(method, url, payload, headers)
+                except (*_RETRIED_FAILURES, httpx.HTTPStatusError) as error:
+                    if isinstance(error, httpx.HTTPStatusError) and not _is_retried(error.response.status_code):
+                        raise
+                    failures.append(error)
+                    if len(failures) > max_retries:
+                        raise _after_retries(error, method, url, len(failures)) from error
+                    _log_retry(method, url, error, len(failures), max_retries)
+                await asyncio.sleep(RETRY_INTERVAL_S)
+    except TimeoutError:
+        last = f"; the last attempt failed with {failures[-1]!r}" if failures else ""
+        raise TimeoutError(
+            f"{method} {url} gave no reply within {deadline_s:g} s ({len(failures) + 1} attempts){last}. "
+            "Is the server alive? --sglang-router-request-timeout-secs sets the deadline."
+        ) from None
+
+
+async def _attempt(method: str, url: str, payload: Any, headers: dict[str, str] | None) -> Any:
+    reply = await _client().request(method, url, json=payload, headers=headers)
+    if reply.status_code >= 400:
+        raise _status_error(method, url, reply)
+    try:
+        return reply.json()
+    except ValueError:
+        return reply.text
+
+
+def _is_retried(status: int) -> bool:
+    return status == _RETRIED_STATUS or status >= 500
+
+
+def _status_error(method: str, url: str, reply: httpx.Response) -> httpx.HTTPStatusError:
+    text = reply.text
+    if len(text) > MAX_REPLY_CHARS_IN_ERROR:
+        text = f"{text[:MAX_REPLY_CHARS_IN_ERROR]}... ({len(text)} characters)"
+    return httpx.HTTPStatusError(
+        f"{method} {url} was answered with {reply.status_code}: {text or '(nothing)'}",
+        request=reply.request,
+        response=reply,
+    )
+
+
+def _after_retries(error: Exception, method: str, url: str, attempts: int) -> Exception:
+    """The same kind of error, telling how often it was seen."""
+    if isinstance(error, httpx.HTTPStatusError):
+        return httpx.HTTPStatusError(
+            f"{error} ({attempts} attempts, {RETRY_INTERVAL_S:g} s apart)",
+            request=error.request,
+            response=error.response,
+        )
+    assert isinstance(error, httpx.TransportError)
+    return type(error)(
+        f"{method} {url} failed {attempts} times, {RETRY_INTERVAL_S:g} s apart: {str(error) or type(error).__name__}"
+    )
+
+
+def _log_retry(method: str, url: str, error: Exception, failures: int, max_retries: int) -> None:
+    if failures == 1 or failures % 10 == 0:
+        logger.warning("%s %s: %r; trying again (%d of %d)", method, url, error, failures, max_retries)
+
+
+def _client() -> httpx.AsyncClient:
+    """The client of the running loop: connections of one loop cannot be used on another."""
+    if _http_client is not None:
+        return _http_client
+    loop = asyncio.get_running_loop()
+    client = _clients.get(loop)
+    if client is None:
+        connections = _settings.max_connections
+        client = httpx.AsyncClient(
+            limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections),
+            timeout=httpx.Timeout(None, connect=CONNECT_TIMEOUT_S),
+            trust_env=False,
+        )
+        _clients[loop] = client
+    return client
+
+
+# ---- this machine: addresses, ports, processes ----
+
+
+def is_port_available(port: int) -> bool:
+    """Whether nothing listens on `port`, on any address of this machine."""
+    families = [(socket.AF_INET, "")] + ([(socket.AF_INET6, "::")] if socket.has_ipv6 else [])
+    for family, address in families:
+        try:
+            with socket.socket(family, socket.SOCK_STREAM) as listener:
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                listener.bind((address, port))
+        except OverflowError:
+            return False
+        except OSError as error:
+            if family == socket.AF_INET6 and error.errno in _NO_IPV6:
+                continue
+            return False
+    return True
+
+
+_NO_IPV6 = {97, 99}  # EAFNOSUPPORT, EADDRNOTAVAIL: the kernel has no IPv6
+
+
+def find_available_port(base: int) -> int:
+    """A free port some random way above `base`, so that runs started together rarely meet."""
+    first = port = base + random.randint(100, 1000)
+    while port < 65536:
+        if is_port_available(port):
+            return port
+        port += 42
+    raise RuntimeError(f"No free port among {first}, {first + 42}, ... below 65536.")
+
+
+def get_host_info() -> tuple[str, str]:
+    """(host name, address by which other nodes reach this one).
+
+    SLIME_HOST_IP names the address outright; SLIME_PREFER_IPV6=1 asks for an IPv6 one.
+    """
+    name = socket.gethostname()
+    given = os.environ.get("SLIME_HOST_IP")
+    if given:
+        return name, given
+    prefers_ipv6 = os.environ.get("SLIME_PREFER_IPV6", "").lower() in ("1", "true", "yes", "on")
+    order = [socket.AF_INET6, socket.AF_INET] if prefers_ipv6 else [socket.AF_INET, socket.AF_INET6]
+    for family in order:
+        address = _outgoing_address(family)
+        if address is not None:
+            return name, address
+    return name, "127.0.0.1"
+
+
+def _outgoing_address(family: socket.AddressFamily) -> str | None:
+    """The address the kernel would send from; asking sends nothing."""
+    target = "2001:4860:4860::8888" if family == socket.AF_INET6 else "8.8.8.8"
+    with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect((target, 80))
+        return str(probe.getsockname()[0])
+    return None
+
+
+def _wrap_ipv6(host: str) -> str:
+    """`host` as it stands in a URL: an IPv6 address in brackets."""
+    return f"[{host}]" if ":" in host and not host.startswith("[") else host
+
+
+def terminate_process(process: "subprocess.Popen[Any]", timeout_s: float = 5.0) -> None:
+    """Ask a process to end, and make it after `timeout_s`."""
+    if process.poll() is not None:
+        return
+    process.terminate()
+    try:
+        process.wait(timeout_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait(timeout_s)
