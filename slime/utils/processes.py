@@ -1,0 +1,201 @@
+"""Server processes: started in a group of their own, watched until healthy, and never left behind.
+
+Free of Ray and torch, so that tests and small tools can start an engine or a router as the framework does.
+"""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO
+
+from slime.utils import watchdog
+
+_POLL_S = 0.2
+_PROBE_TIMEOUT_S = 5.0
+_KILL_TIMEOUT_S = 5.0
+_TAIL_LINES = 30
+
+_pipes_of_this_process: set[int] = set()
+"""Write ends whose closing ends a server; never to be held open by a forked child."""
+
+
+def _close_inherited_pipes() -> None:
+    for descriptor in _pipes_of_this_process:
+        os.close(descriptor)
+    _pipes_of_this_process.clear()
+
+
+os.register_at_fork(after_in_child=_close_inherited_pipes)
+
+
+class ServerError(RuntimeError):
+    """A server process did not start, ended too early, or did not end; the message ends with its last log lines."""
+
+
+class ServerProcess:
+    """One server: a child in its own session that ends when this process ends, however it ends.
+
+    The child runs under `slime.utils.watchdog`, which holds the read end of a pipe whose write end lives here: any
+    thread may start a server, and killing this process with SIGKILL still takes the server and its children along.
+    A fork of this process does not own the server: it closes its copy of the pipe, and `terminate` there does nothing.
+    """
+
+    def __init__(self, name: str, argv: Sequence[str], env: Mapping[str, str], log_path: Path | str):
+        """
+        Args:
+            name: how errors call it, e.g. "engine 0".
+            argv: its command line.
+            env: its whole environment (start from `os.environ`).
+            log_path: receives its standard output and error; appended to, folders made.
+        """
+        self.name = name
+        self.argv = list(argv)
+        self.env = dict(env)
+        self.log_path = Path(log_path)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._owner_alive: int | None = None
+        self._owner_pid = os.getpid()
+        self._log_start = 0
+
+    def start(self) -> None:
+        """Start the process; it is healthy only after `wait_until_healthy`."""
+        if self._process is not None and self._process.poll() is None:
+            raise ServerError(f"{self.name} is already running (pid {self._process.pid}).")
+        self._close_pipe()
+        self._owner_pid = os.getpid()
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        read_end, write_end = os.pipe()
+        try:
+            with self.log_path.open("ab") as log:
+                self._log_start = log.tell()
+                self._process = subprocess.Popen(
+                    [sys.executable, "-I", "-S", watchdog.__file__, str(read_end), "--", *self.argv],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env=self.env,
+                    pass_fds=(read_end,),
+                    start_new_session=True,
+                )
+        except BaseException:
+            os.close(write_end)
+            raise
+        finally:
+            os.close(read_end)
+        self._owner_alive = write_end
+        _pipes_of_this_process.add(write_end)
+
+    def poll(self) -> int | None:
+        """Its exit code (minus the signal's number if a signal ended it), or None while it runs or before `start`."""
+        return None if self._process is None else self._process.poll()
+
+    @property
+    def is_running(self) -> bool:
+        """Started and not ended."""
+        return self._process is not None and self._process.poll() is None
+
+    def wait_until_healthy(self, url: str, timeout_s: float) -> None:
+        """Poll `url` until it answers 200.
+
+        Raises:
+            ServerError: the process ended, or `timeout_s` passed; names it, how it ended, and its last log lines.
+        """
+        deadline = time.monotonic() + timeout_s
+        last_answer = "nothing listened"
+        while True:
+            if self._process is None:
+                raise ServerError(f"{self.name} was never started, so {url} cannot answer: call start() first.")
+            if (code := self._process.poll()) is not None:
+                raise ServerError(
+                    f"{self.name} ended before {url} answered: {_how_it_ended(code)}.{self._quoted_log()}"
+                )
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
+                raise ServerError(
+                    f"{self.name} (pid {self._process.pid}) runs, but {url} did not answer 200 within {timeout_s:g} s "
+                    f"(last answer: {last_answer}).{self._quoted_log()}"
+                )
+            status, last_answer = _probe(url, min(_PROBE_TIMEOUT_S, left_s))
+            if status == 200:
+                return
+            time.sleep(min(_POLL_S, max(0.0, deadline - time.monotonic())))
+
+    def terminate(self, timeout_s: float = 10.0) -> None:
+        """End it and everything it started: SIGTERM to its group, after `timeout_s` SIGKILL. Safe to call again."""
+        process = self._process
+        if process is None or self._owner_pid != os.getpid():
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout_s)
+        # Also where the server itself ended in time: a child of its own may have outlived it.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        try:
+            process.wait(_KILL_TIMEOUT_S)
+        except subprocess.TimeoutExpired as error:
+            raise ServerError(f"{self.name} (pid {process.pid}) survived SIGKILL for {error.timeout:g} s.") from error
+        self._close_pipe()
+
+    def log_tail(self, n: int = _TAIL_LINES) -> str:
+        """The last `n` lines that it wrote since its last start."""
+        if not self.log_path.exists():
+            return ""
+        with self.log_path.open("rb") as log:
+            return "\n".join(_last_lines(log, self._log_start, n))
+
+    def _close_pipe(self) -> None:
+        if self._owner_alive is not None and self._owner_alive in _pipes_of_this_process:
+            _pipes_of_this_process.remove(self._owner_alive)
+            os.close(self._owner_alive)
+        self._owner_alive = None
+
+    def _quoted_log(self) -> str:
+        tail = self.log_tail()
+        return f"\nLast lines of {self.log_path}:\n{tail}" if tail else f" Its log {self.log_path} is empty."
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A TCP port that was free on `host` a moment ago; another process may take it before it is used."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.bind((host, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _probe(url: str, timeout_s: float) -> tuple[int | None, str]:
+    """Status of one GET without proxies, and what happened in words."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(url, timeout=timeout_s) as reply:
+            return reply.status, f"status {reply.status}"
+    except urllib.error.HTTPError as error:
+        return error.code, f"status {error.code}"
+    except (OSError, ValueError) as error:
+        return None, str(error)
+
+
+def _how_it_ended(code: int) -> str:
+    if code >= 0:
+        return f"exit code {code}"
+    try:
+        return f"killed by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"killed by signal {-code}"
+
+
+def _last_lines(log: IO[bytes], start: int, n: int) -> list[str]:
+    """Decode the last `n` lines of a file, looking at no more than its last 256 KiB and nothing before `start`."""
+    size = log.seek(0, os.SEEK_END)
+    log.seek(max(start, size - 256 * 1024))
+    return log.read().decode("utf-8", "replace").splitlines()[-n:] if n > 0 else []
