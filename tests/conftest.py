@@ -1,0 +1,28 @@
+"""What every test shares: markers by folder, and few threads."""
+
+import os
+from pathlib import Path
+
+# Before torch is imported: tests run beside each other's processes, and idle OpenMP threads must not spin.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+MARKER_OF_FOLDER = {"e2e": "e2e", "gpu": "gpu"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whatever lies in tests/e2e or tests/gpu carries that marker, so that none is forgotten."""
+    for item in items:
+        folder = item.path.relative_to(ROOT / "tests").parts[0] if item.path.is_relative_to(ROOT / "tests") else ""
+        if folder in MARKER_OF_FOLDER:
+            item.add_marker(MARKER_OF_FOLDER[folder])
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The checkout that the tests run in."""
+    return ROOT
