@@ -1,0 +1,136 @@
+"""The record of a run: one JSON line, TensorBoard scalars and one printed line a step; W&B on request.
+
+Only the driver writes. Every metric has a declared name (metric_names); an undeclared one is warned about once,
+and is an error under --ci-test.
+"""
+
+import argparse
+import json
+import logging
+import math
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from slime.observability import metric_names
+from slime.observability.metric_utils import compute_rollout_step
+from slime.observability.step_line import format_step
+from slime.observability.tensorboard_utils import _TensorboardAdapter
+from slime.observability.wandb_utils import WandbAdapter
+
+logger = logging.getLogger(__name__)
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class RunLog:
+    """Writes what a run has to show into its folder.
+
+    Args:
+        run_dir: the run's folder; made when missing. An existing metrics.jsonl is continued (a resumed run).
+        args: reads `no_tensorboard`, the `tb_*`, `use_wandb` and `wandb_*` names, `ci_test`; all
+            may be missing.
+        stream: where the step line is printed.
+    """
+
+    def __init__(self, run_dir: Path | str, args: argparse.Namespace, stream: TextIO | None = None) -> None:
+        self.run_dir = Path(run_dir)
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        self._args = args
+        self._stream = stream
+        self._warned: set[str] = set()
+        self._trackers: list[_TensorboardAdapter | WandbAdapter] = []
+        if uses_tensorboard(args):
+            self._trackers.append(_TensorboardAdapter(argparse.Namespace(**(vars(args) | {"run_dir": str(run_dir)}))))
+        if getattr(args, "use_wandb", False):
+            self._trackers.append(WandbAdapter(args, self.run_dir))
+        path = self.run_dir / METRICS_FILE
+        is_torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
+        self._file = path.open("a", encoding="utf-8")
+        if is_torn:
+            self._file.write("\n")
+
+    def step(self, rollout_id: int, metrics: Mapping[str, Any]) -> None:
+        """Writes one step, whole, before it returns.
+
+        Args:
+            rollout_id: the step's number; -1 for what is known before the first step.
+            metrics: numbers (or tensors of one number) by declared name.
+
+        Raises:
+            TypeError: a value is not a number.
+            ValueError: a name is not declared, under --ci-test.
+        """
+        self._check_names(metrics)
+        values = {name: to_number(name, value) for name, value in metrics.items()}
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        for name in sorted(name for name, value in finite.items() if value is None):
+            logger.warning("Step %d: %s is %s; metrics.jsonl gets null.", rollout_id, name, values[name])
+        line = {"step": rollout_id, "time": round(time.time(), 3), **finite}
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        self._file.flush()
+        for tracker in self._trackers:
+            tracker.log(values, compute_rollout_step(self._args, rollout_id))
+        print(format_step(rollout_id, finite), file=self._stream or sys.stdout, flush=True)
+
+    def close(self) -> None:
+        """Finishes the trackers and the file; a second call does nothing."""
+        for tracker in self._trackers:
+            tracker.finish()
+        self._trackers = []
+        self._file.close()
+
+    def _check_names(self, metrics: Mapping[str, Any]) -> None:
+        if getattr(self._args, "ci_test", False):
+            metric_names.require_declared(metrics)
+        for name in metric_names.undeclared(set(metrics) - self._warned):
+            self._warned.add(name)
+            logger.warning(
+                "The metric %s is not declared: nobody can look up its unit. From a plug-in, call "
+                "slime.observability.metric_names.declare(name, unit, description).",
+                name,
+            )
+
+
+def uses_tensorboard(args: argparse.Namespace) -> bool:
+    """TensorBoard files are written unless --no-tensorboard; --use-tensorboard changes nothing."""
+    return not getattr(args, "no_tensorboard", False)
+
+
+def to_number(name: str, value: Any) -> int | float:
+    """A metric's value as a Python number; takes anything with `.item()`, such as a 0-dim tensor."""
+    if hasattr(value, "item") and getattr(value, "size", None) != 0:
+        try:
+            value = value.item()
+        except (ValueError, RuntimeError) as error:
+            raise TypeError(f"The metric {name} must be one number: {error}") from error
+    if isinstance(value, bool):
+        return int(value)
+    if not isinstance(value, int | float):
+        raise TypeError(f"The metric {name} must be one number, got {type(value).__name__}: {value!r:.80}")
+    return value
+
+
+def read_metrics(run_dir: Path | str) -> list[dict[str, Any]]:
+    """The steps of a run by number; a step written twice (a resumed run repeats it) counts as written last.
+
+    A line that a crash tore is left out with a warning.
+    """
+    steps = {line["step"]: line for line in _read_lines(Path(run_dir) / METRICS_FILE)}
+    return [steps[number] for number in sorted(steps)]
+
+
+def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is not there: either this is not a run's folder, or no step was finished.")
+    with path.open(encoding="utf-8") as lines:
+        for number, text in enumerate(lines, start=1):
+            try:
+                line = json.loads(text)
+            except json.JSONDecodeError:
+                if text.strip():
+                    logger.warning("%s:%d is not a whole line (a crash?) and is left out.", path, number)
+                continue
+            yield line

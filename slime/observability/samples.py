@@ -1,0 +1,94 @@
+"""Writes what the model said into the run's folder, one JSON object a line, to be read by people and by jq."""
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from slime.observability.rollout_metrics import flatten_samples
+from slime.utils.types import Sample
+
+SAMPLES_DIR = "samples"
+
+
+def write_samples(
+    run_dir: Path | str, rollout_id: int, samples: Iterable[Any], tokenizer: Any = None, *, name: str = "rollout"
+) -> Path:
+    """Writes `<run_dir>/samples/<name>_<rollout_id>.jsonl`, replacing one of the same step.
+
+    Args:
+        samples: nested or flat.
+        tokenizer: decodes the response of a sample that has tokens but no text.
+        name: `rollout`, or `eval` for evaluations.
+
+    Returns:
+        the file's path.
+    """
+    return _write(run_dir, f"{name}_{_number(rollout_id)}", flatten_samples(samples), tokenizer)
+
+
+def write_eval_samples(
+    run_dir: Path | str, rollout_id: int, data: Mapping[str, Mapping[str, Any]], tokenizer: Any = None
+) -> list[Path]:
+    """Writes `eval_<rollout_id>_<task>.jsonl` for each task of an evaluation; returns the paths.
+
+    Args:
+        data: per task {"samples": [...]}, as an evaluation function returns it; a task without samples has no file.
+    """
+    paths = []
+    for task, answers in data.items():
+        if samples := flatten_samples(answers.get("samples") or []):
+            stem = f"eval_{_number(rollout_id)}_{re.sub(r'[^A-Za-z0-9._-]', '_', task)}"
+            paths.append(_write(run_dir, stem, samples, tokenizer))
+    return paths
+
+
+def sample_row(sample: Sample, tokenizer: Any = None) -> dict[str, Any]:
+    """What one line says of a sample."""
+    response = sample.response
+    if not response and sample.response_length and tokenizer is not None:
+        response = tokenizer.decode(sample.tokens[-sample.response_length :])
+    return {
+        "index": sample.index,
+        "group_index": sample.group_index,
+        "reward": sample.reward,
+        "label": sample.label,
+        "prompt": sample.prompt,
+        "response": response,
+        "status": sample.status.value,
+        "prompt_length": max(len(sample.tokens) - sample.response_length, 0),
+        "response_length": sample.response_length,
+        "trained_length": sample.effective_response_length,
+        "weight_versions": sample.weight_versions,
+        "removed": sample.remove_sample,
+    }
+
+
+def _number(rollout_id: int) -> str:
+    return f"{rollout_id:06d}" if rollout_id >= 0 else "initial"
+
+
+def _write(run_dir: Path | str, stem: str, samples: Iterable[Sample], tokenizer: Any) -> Path:
+    folder = Path(run_dir) / SAMPLES_DIR
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{stem}.jsonl"
+    partial = path.with_suffix(".partial")
+    with partial.open("w", encoding="utf-8") as lines:
+        for sample in samples:
+            row = _finite(sample_row(sample, tokenizer))
+            lines.write(json.dumps(row, ensure_ascii=False, allow_nan=False, default=repr) + "\n")
+    partial.replace(path)
+    return path
+
+
+def _finite(value: Any) -> Any:
+    """The same value with null for numbers that JSON does not have."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
