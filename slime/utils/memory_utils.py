@@ -1,0 +1,62 @@
+"""How much memory is in use, and giving back what is not needed. Works with and without a GPU."""
+
+import ctypes
+import gc
+import logging
+import sys
+
+logger = logging.getLogger(__name__)
+
+_GIB = 1024**3
+
+
+def available_memory() -> dict[str, float]:
+    """Memory of this process and its device in GiB, under names that say which."""
+    info = {"process_resident_gib": _resident_bytes() / _GIB}
+    import torch
+
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        info |= {
+            "device_free_gib": free / _GIB,
+            "device_total_gib": total / _GIB,
+            "torch_allocated_gib": torch.cuda.memory_allocated() / _GIB,
+            "torch_reserved_gib": torch.cuda.memory_reserved() / _GIB,
+        }
+    return info
+
+
+def _resident_bytes() -> int:
+    try:
+        with open("/proc/self/statm") as statm:
+            pages = int(statm.read().split()[1])
+    except OSError:  # not Linux
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+    import os
+
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def print_memory(msg: str, clear_before_print: bool = False) -> dict[str, float]:
+    """Log one line with the memory in use, headed by `msg`; returns the figures in GiB."""
+    if clear_before_print:
+        clear_memory()
+    info = available_memory()
+    logger.info("memory %s: %s", msg, "  ".join(f"{name} {value:.2f}" for name, value in info.items()))
+    return info
+
+
+def clear_memory(clear_host_memory: bool = False) -> None:
+    """Collect garbage and hand cached memory back: the device's, and with `clear_host_memory` the heap's too."""
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    if clear_host_memory and sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
+        if trim is not None:
+            trim(0)
