@@ -12,9 +12,7 @@ from slime.ray.train_actor import TrainRayActor
 from slime.ray.utils import thread_env
 from slime.ray.waiting import wait_for
 
-_DEVICE_SHARE = (
-    0.4  # of a device; the engine on a shared device takes less than the rest
-)
+_DEVICE_SHARE = 0.4  # of a device; the engine on a shared device takes less than the rest
 
 _START_TIMEOUT_S = 600.0
 _TRAIN_ENV = {
@@ -43,17 +41,9 @@ class RayTrainGroup:
         if self._actors:
             return []
         world_size = len(self._devices.bundles)
-        env = (
-            thread_env(self._args.train_threads)
-            | _TRAIN_ENV
-            | dict(self._args.train_env_vars or {})
-        )
+        env = thread_env(self._args.train_threads) | _TRAIN_ENV | dict(self._args.train_env_vars or {})
         resource = cluster.device_resource(self._args)
-        share = (
-            {"num_gpus": _DEVICE_SHARE}
-            if resource == "GPU"
-            else {"resources": {resource: _DEVICE_SHARE}}
-        )
+        share = {"num_gpus": _DEVICE_SHARE} if resource == "GPU" else {"resources": {resource: _DEVICE_SHARE}}
         for rank, bundle in enumerate(self._devices.bundles):
             options = {
                 "num_cpus": _DEVICE_SHARE,
@@ -65,9 +55,7 @@ class RayTrainGroup:
                 **share,
             }
             self._actors.append(
-                ray.remote(TrainRayActor)
-                .options(**options)
-                .remote(self._args, rank, world_size, self._role)
+                ray.remote(TrainRayActor).options(**options).remote(self._args, rank, world_size, self._role)
             )
         ((host, port),) = wait_for(
             {self._name(0): self._actors[0].get_master_addr_and_port.remote()},
@@ -82,9 +70,7 @@ class RayTrainGroup:
 
     def train(self, rollout_id: int, shards: list[Any]) -> dict[str, float]:
         """Train on one rollout; metrics of rank 0, which are complete."""
-        return self._call(
-            "train", rollout_id, shards, what=f"train on rollout {rollout_id}"
-        )[0]
+        return self._call("train", rollout_id, shards, what=f"train on rollout {rollout_id}")[0]
 
     def connect_engines(self, engines: list[EngineRecord]) -> None:
         self._call("connect_engines", engines, what="connect to the engines")
@@ -129,11 +115,8 @@ class RayTrainGroup:
     def _name(self, rank: int) -> str:
         return f"{self._role} rank {rank}"
 
-    def _call(
-        self, method: str, *method_args: Any, what: str, timeout_s: float | None = None
-    ) -> list[Any]:
+    def _call(self, method: str, *method_args: Any, what: str, timeout_s: float | None = None) -> list[Any]:
         calls = {
-            self._name(rank): getattr(actor, method).remote(*method_args)
-            for rank, actor in enumerate(self._actors)
+            self._name(rank): getattr(actor, method).remote(*method_args) for rank, actor in enumerate(self._actors)
         }
         return wait_for(calls, what, timeout_s)

@@ -20,9 +20,7 @@ CPU_DEVICE = "cpu_device"
 """Ray's custom resource that counts devices where the CPU is the device."""
 
 _OBJECT_STORE_BYTES = 512 * 2**20
-_HELPER_CPUS = (
-    64  # Ray's CPU counts only limit admission here: threads are shared out by the plan
-)
+_HELPER_CPUS = 64  # Ray's CPU counts only limit admission here: threads are shared out by the plan
 
 
 def device_resource(args: Namespace) -> str:
@@ -68,7 +66,7 @@ def _check_devices(args: Namespace) -> None:
         kind = "GPUs" if resource == "GPU" else "CPU devices (--cpu-devices)"
         raise ConfigError(
             f"This run needs {needed} {kind} and the Ray cluster has {found}. Lower --actor-num-nodes, "
-            "--actor-num-gpus-per-node or --rollout-num-gpus, share devices with --colocate, or add nodes to the cluster."
+            "--actor-num-gpus-per-node or --rollout-num-gpus, share devices with --colocate, or add nodes."
         )
 
 

@@ -54,14 +54,8 @@ class EngineActor:
 
     def start(self) -> EngineSpec:
         """Start the server; returns the spec with the host and port it was given. Does not wait."""
-        host = (
-            "127.0.0.1"
-            if self._spec.device == "cpu"
-            else ray.util.get_node_ip_address()
-        )
-        self._spec = replace(
-            self._spec, host=host, port=free_port(host), nccl_port=free_port(host)
-        )
+        host = "127.0.0.1" if self._spec.device == "cpu" else ray.util.get_node_ip_address()
+        self._spec = replace(self._spec, host=host, port=free_port(host), nccl_port=free_port(host))
         argv, env = _server_command(self._args)(self._args, self._spec)
         self._process = ServerProcess(self._spec.name, argv, env, self._spec.log_path)
         self._process.start()
@@ -115,10 +109,7 @@ class Engines:
 
         Sets `args.sglang_router_ip` and `args.sglang_router_port`.
         """
-        calls = {
-            f"engine {index}": actor.start.remote()
-            for index, actor in enumerate(self._actors)
-        }
+        calls = {f"engine {index}": actor.start.remote() for index, actor in enumerate(self._actors)}
         router_url = self._start_router()
         specs = wait_for(calls, "start", _START_TIMEOUT_S[self._args.rollout_engine])
         timeout_s = _START_TIMEOUT_S[self._args.rollout_engine]
@@ -150,17 +141,11 @@ class Engines:
     def check_alive(self) -> None:
         """Raise if an engine or the router has died, with its last log lines."""
         if self._router is not None and self._router.poll() is not None:
-            raise RemoteError(
-                f"The router died (exit code {self._router.poll()}):\n{self._router.log_tail(20)}"
-            )
+            raise RemoteError(f"The router died (exit code {self._router.poll()}):\n{self._router.log_tail(20)}")
         alive = ray.get([actor.is_alive.remote() for actor in self._actors])
-        for record, actor, is_alive in zip(
-            self.records, self._actors, alive, strict=True
-        ):
+        for record, actor, is_alive in zip(self.records, self._actors, alive, strict=True):
             if not is_alive:
-                raise RemoteError(
-                    f"{record.name} ({record.url}) died:\n{ray.get(actor.log_tail.remote())}"
-                )
+                raise RemoteError(f"{record.name} ({record.url}) died:\n{ray.get(actor.log_tail.remote())}")
 
     def release_memory(self) -> None:
         """Give back weights and caches of every engine."""
@@ -197,9 +182,7 @@ class Engines:
                 port=0,
                 num_devices=per_engine,
                 device=args.device,
-                device_ids=tuple(
-                    devices.device_ids[index * per_engine : (index + 1) * per_engine]
-                ),
+                device_ids=tuple(devices.device_ids[index * per_engine : (index + 1) * per_engine]),
                 model_path=args.hf_checkpoint,
                 dtype=dtype,
                 threads=args.rollout_threads,
@@ -212,11 +195,7 @@ class Engines:
 
     def _place(self, spec: EngineSpec, devices: Any) -> Any:
         resource = cluster.device_resource(self._args)
-        share = (
-            {"num_gpus": _DEVICE_SHARE}
-            if resource == "GPU"
-            else {"resources": {resource: _DEVICE_SHARE}}
-        )
+        share = {"num_gpus": _DEVICE_SHARE} if resource == "GPU" else {"resources": {resource: _DEVICE_SHARE}}
         strategy = PlacementGroupSchedulingStrategy(
             placement_group=devices.group,
             placement_group_bundle_index=devices.bundles[spec.index * spec.num_devices],
@@ -237,13 +216,9 @@ class Engines:
         host = "127.0.0.1" if args.device == "cpu" else ray.util.get_node_ip_address()
         port = getattr(args, "sglang_router_port", None) or free_port(host)
         argv, env = router_command(args, host, port, free_port(host))
-        self._router = ServerProcess(
-            "router", argv, env, Path(args.run_dir) / "logs" / "router.log"
-        )
+        self._router = ServerProcess("router", argv, env, Path(args.run_dir) / "logs" / "router.log")
         self._router.start()
-        self._router.wait_until_healthy(
-            f"http://{host}:{port}/liveness", _ROUTER_TIMEOUT_S
-        )
+        self._router.wait_until_healthy(f"http://{host}:{port}/liveness", _ROUTER_TIMEOUT_S)
         args.sglang_router_ip, args.sglang_router_port = host, port
         args.sglang_model_routers = {"default": (host, port)}
         return f"http://{host}:{port}"

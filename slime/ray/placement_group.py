@@ -43,9 +43,7 @@ def create_placement_groups(args: Namespace) -> dict[str, Devices]:
         nothing = Devices(None, (), ())
         return {"actor": nothing, "rollout": nothing}
     resource = cluster.device_resource(args)
-    group = placement_group(
-        [{resource: 1, "CPU": 1} for _ in range(num_devices)], strategy="PACK"
-    )
+    group = placement_group([{resource: 1, "CPU": 1} for _ in range(num_devices)], strategy="PACK")
     ready, _ = ray.wait([group.ready()], timeout=_PLACEMENT_TIMEOUT_S)
     if not ready:
         remove_placement_group(group)
@@ -57,29 +55,19 @@ def create_placement_groups(args: Namespace) -> dict[str, Devices]:
     bundles, device_ids = _in_device_order(group, num_devices, resource)
 
     def devices(start: int, count: int) -> Devices:
-        return Devices(
-            group, bundles[start : start + count], device_ids[start : start + count]
-        )
+        return Devices(group, bundles[start : start + count], device_ids[start : start + count])
 
-    trainers = (
-        0
-        if args.debug_rollout_only
-        else args.actor_num_nodes * args.actor_num_gpus_per_node
-    )
+    trainers = 0 if args.debug_rollout_only else args.actor_num_nodes * args.actor_num_gpus_per_node
     groups = {
         "actor": devices(0, trainers),
-        "rollout": devices(
-            rollout_offset, 0 if args.debug_train_only else args.rollout_num_gpus or 0
-        ),
+        "rollout": devices(rollout_offset, 0 if args.debug_train_only else args.rollout_num_gpus or 0),
     }
     if args.use_critic:
         groups["critic"] = groups["actor"]
     return groups
 
 
-def _in_device_order(
-    group: Any, num_devices: int, resource: str
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _in_device_order(group: Any, num_devices: int, resource: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Bundles sorted by node and device, so that consecutive ranks share a node."""
     nodes = placement_group_table(group)["bundles_to_node_id"]
     if resource != "GPU":
@@ -95,9 +83,7 @@ def _in_device_order(
         for bundle in range(num_devices)
     ]
     gpu_ids = ray.get(probes, timeout=_PLACEMENT_TIMEOUT_S)
-    order = sorted(
-        range(num_devices), key=lambda bundle: (nodes[bundle], gpu_ids[bundle])
-    )
+    order = sorted(range(num_devices), key=lambda bundle: (nodes[bundle], gpu_ids[bundle]))
     return tuple(order), tuple(gpu_ids[bundle] for bundle in order)
 
 
@@ -111,9 +97,7 @@ def create_rollout_manager(args: Namespace, devices: Devices) -> tuple[Any, int 
 
     Resolves `args.num_rollout` where only --num-epoch was given.
     """
-    manager = RolloutManager.options(num_cpus=1, num_gpus=0, max_concurrency=4).remote(
-        args, devices
-    )
+    manager = RolloutManager.options(num_cpus=1, num_gpus=0, max_concurrency=4).remote(args, devices)
     (num_rollout_per_epoch,) = wait_for(
         {"the rollout manager": manager.get_num_rollout_per_epoch.remote()},
         "start engines and load prompts",
@@ -128,18 +112,12 @@ def create_rollout_manager(args: Namespace, devices: Devices) -> tuple[Any, int 
     return manager, num_rollout_per_epoch
 
 
-def create_training_models(
-    args: Namespace, groups: dict[str, Devices], rollout_manager: Any
-) -> tuple[Any, Any]:
+def create_training_models(args: Namespace, groups: dict[str, Devices], rollout_manager: Any) -> tuple[Any, Any]:
     """Build the trainers; returns (actor group, critic group or None) and resolves `args.start_rollout_id`."""
     actor = RayTrainGroup(args, devices=groups["actor"], role="actor")
     start_ids = actor.create(rollout_manager)
     if args.start_rollout_id is None:
         args.start_rollout_id = start_ids[0]
-    if (
-        args.rollout_global_dataset
-        and rollout_manager is not None
-        and args.start_rollout_id > 0
-    ):
+    if args.rollout_global_dataset and rollout_manager is not None and args.start_rollout_id > 0:
         ray.get(rollout_manager.load.remote(args.start_rollout_id - 1))
     return actor, None

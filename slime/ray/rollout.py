@@ -9,8 +9,8 @@ import ray
 
 from slime.data.batch import convert_samples_to_train_data, split_train_data_by_dp
 from slime.observability import debug_dumps, logging_utils
-from slime.observability.rollout_metrics import eval_metrics, rollout_metrics
-from slime.observability.samples import write_samples
+from slime.observability.rollout_metrics import flatten_samples, log_eval_rollout_data, log_rollout_data
+from slime.observability.samples import write_eval_samples, write_samples
 from slime.ray.engines import EngineRecord, Engines
 from slime.rollout.base_types import (
     RolloutFnEvalOutput,
@@ -33,7 +33,6 @@ class RolloutController:
         logging_utils.init_tracking(args, primary=False)
         self.args = args
         self._parallel_config: dict[str, int] = {}
-        self._metrics: dict[str, float] = {}
         self._engines: Engines | None = None
         if not args.debug_train_only:
             self._engines = Engines(args, devices)
@@ -65,49 +64,34 @@ class RolloutController:
     def generate(self, rollout_id: int) -> list[Box] | None:
         """Make one rollout; one `Box(ObjectRef)` a data-parallel rank, or None when nothing is to be trained."""
         set_current_rollout_id(rollout_id)
-        started = time.perf_counter()
-        samples, extra = self._samples(rollout_id)
-        elapsed_s = time.perf_counter() - started
-        debug_dumps.save_rollout_data(self.args, rollout_id, samples)
-        self._log_rollout(rollout_id, samples, extra, elapsed_s)
+        samples = self._samples(rollout_id)
+        if template := self.args.save_debug_rollout_data:
+            debug_dumps.save_debug_rollout_data(template, rollout_id, samples)
+        if self.args.load_debug_rollout_data is None:
+            write_samples(self.args.run_dir, rollout_id, samples)
         if self.args.debug_rollout_only:
             return None
         train_data = convert_samples_to_train_data(self.args, samples)
         shards = split_train_data_by_dp(self.args, train_data, self._parallel_config)
         return [Box(ray.put(shard)) for shard in shards]
 
-    def eval(self, rollout_id: int) -> dict[str, float]:
-        """Evaluate on every task; the metrics, which are also kept for `take_metrics`."""
+    def eval(self, rollout_id: int) -> None:
+        """Evaluate on every task with the weights the engines hold; -1 stands for before the first rollout."""
         if self.args.debug_train_only:
-            return {}
-        started = time.perf_counter()
+            return
+        hook_id = max(rollout_id, 0)
         output: RolloutFnEvalOutput = call_rollout_fn(
-            self._eval_rollout, self.args, rollout_id, self.data_source, evaluation=True
+            self._eval_rollout, self.args, hook_id, self.data_source, evaluation=True
         )
-        flat = [
-            sample
-            for task in output.data.values()
-            for sample in task.get("samples") or []
-        ]
-        debug_dumps.save_rollout_data(self.args, f"eval_{rollout_id}", flat)
-        for task, result in output.data.items():
-            if result.get("samples"):
-                write_samples(
-                    self.args.run_dir, rollout_id, result["samples"], task=task
-                )
-        path = self.args.custom_eval_rollout_log_function_path
-        if path is None or not load_function(path)(
-            rollout_id, self.args, output.data, output.metrics
-        ):
-            self._metrics |= eval_metrics(self.args, output.data, output.metrics)
-        self._metrics["perf/eval_rollout_time"] = time.perf_counter() - started
-        return dict(self._metrics)
+        samples = [sample for task in output.data.values() for sample in task.get("samples") or []]
+        if template := self.args.save_debug_rollout_data:
+            debug_dumps.save_debug_rollout_data(template, hook_id, samples, evaluation=True)
+        write_eval_samples(self.args.run_dir, rollout_id, output.data)
+        log_eval_rollout_data(rollout_id, self.args, output.data, output.metrics)
 
-    def take_metrics(self) -> dict[str, float]:
+    def take_metrics(self) -> dict[str, Any]:
         """Metrics since the last call, those that hooks logged included."""
-        metrics = self._metrics | logging_utils.take_pending()
-        self._metrics = {}
-        return metrics
+        return logging_utils.take_pending()
 
     def save(self, rollout_id: int) -> None:
         self.data_source.save(rollout_id)
@@ -138,41 +122,17 @@ class RolloutController:
 
     # ---- one rollout ----
 
-    def _samples(self, rollout_id: int) -> tuple[list[Sample], dict[str, float] | None]:
-        if self.args.load_debug_rollout_data is not None:
-            return debug_dumps.load_rollout_data(self.args, rollout_id), None
+    def _samples(self, rollout_id: int) -> list[Sample]:
+        if (template := self.args.load_debug_rollout_data) is not None:
+            share = self.args.load_debug_rollout_data_subsample
+            return debug_dumps.load_debug_rollout_data(template, rollout_id, subsample=share)
+        started = time.perf_counter()
         output: RolloutFnTrainOutput = call_rollout_fn(
-            self._generate_rollout,
-            self.args,
-            rollout_id,
-            self.data_source,
-            evaluation=False,
+            self._generate_rollout, self.args, rollout_id, self.data_source, evaluation=False
         )
-        return list(_flatten(output.samples)), output.metrics
-
-    def _log_rollout(
-        self,
-        rollout_id: int,
-        samples: list[Sample],
-        extra: dict[str, float] | None,
-        elapsed_s: float,
-    ) -> None:
-        if self.args.load_debug_rollout_data is not None:
-            return
-        write_samples(self.args.run_dir, rollout_id, samples)
-        path = self.args.custom_rollout_log_function_path
-        if path is None or not load_function(path)(
-            rollout_id, self.args, samples, extra, elapsed_s
-        ):
-            self._metrics |= rollout_metrics(self.args, samples, extra, elapsed_s)
-
-
-def _flatten(samples: Any) -> Any:
-    for item in samples:
-        if isinstance(item, list):
-            yield from _flatten(item)
-        else:
-            yield item
+        samples = flatten_samples(output.samples)
+        log_rollout_data(rollout_id, self.args, samples, output.metrics, time.perf_counter() - started)
+        return samples
 
 
 RolloutManager = ray.remote(RolloutController)

@@ -58,19 +58,20 @@ class Run:
         cluster.stop()
 
     def _start(self) -> None:
+        with self._clock.phase("setup"):
+            self._start_processes()
+        self._connect()
+
+    def _start_processes(self) -> None:
         args = self.args
         os.makedirs(args.run_dir, exist_ok=True)
         logging_utils.configure_logger()
-        logger.info(
-            "starting Ray, %s", "GPUs" if args.device == "cuda" else "CPU devices"
-        )
+        logger.info("starting Ray, %s", "GPUs" if args.device == "cuda" else "CPU devices")
         cluster.start(args)
         self._log = RunLog(args.run_dir, args)
         groups = create_placement_groups(args)
         logger.info("starting engines (%s) and loading prompts", args.rollout_engine)
-        self._manager, rollouts_per_epoch = create_rollout_manager(
-            args, groups["rollout"]
-        )
+        self._manager, rollouts_per_epoch = create_rollout_manager(args, groups["rollout"])
         if args.debug_rollout_only:
             args.start_rollout_id = args.start_rollout_id or 0
         else:
@@ -81,7 +82,6 @@ class Run:
             )
             self._actor, _ = create_training_models(args, groups, self._manager)
         self.schedule = Schedule.of(args, rollouts_per_epoch)
-        self._connect()
 
     def _connect(self) -> None:
         if self._actor is None or self.args.debug_train_only:
@@ -94,22 +94,15 @@ class Run:
     @contextmanager
     def step(self, rollout_id: int) -> Iterator[None]:
         """One rollout and what belongs to it: its metrics become one line of the log."""
-        if (
-            self._metrics
-        ):  # what came before the first step: the first sync, the first evaluation
-            self._log.step(rollout_id - 1, self._metrics)
-        self._metrics, self._clock = {}, StepClock()
+        if self._metrics:  # set-up, the first sync, the first evaluation
+            self._write_log(self.schedule.start - 1)
         yield
-        self._metrics |= self._clock.finish()
-        self._log.step(rollout_id, self._metrics)
-        self._metrics = {}
+        self._write_log(rollout_id)
 
     def generate(self, rollout_id: int) -> list[Any] | None:
         """Rewarded samples of one rollout, as one shard a data-parallel rank."""
         with self._clock.phase("generate"):
-            shards = self._ask(
-                "generate", rollout_id, what=f"generate rollout {rollout_id}"
-            )
+            shards = self._ask("generate", rollout_id, what=f"generate rollout {rollout_id}")
             self._metrics |= ray.get(self._manager.take_metrics.remote())
         return shards
 
@@ -120,6 +113,7 @@ class Run:
         with self._clock.phase("offload"):
             if self.args.offload_rollout:
                 self._ask("offload", what="release the engines' memory")
+        with self._clock.phase("onload"):
             if self.args.offload_train:
                 self._actor.onload()
         with self._clock.phase("train"):
@@ -144,11 +138,12 @@ class Run:
         with self._clock.phase("offload"):
             if self.args.offload_train:
                 self._actor.offload()
+        with self._clock.phase("onload"):
             if self.args.offload_rollout and self._actor.weight_version > 0:
                 self._ask("onload_weights", what="take the engines' memory back")
-        with self._clock.phase("sync"):
+        with self._clock.phase("update_weights"):
             self._metrics |= self._actor.update_weights()
-        with self._clock.phase("offload"):
+        with self._clock.phase("onload"):
             if self.args.offload_rollout and self._actor.weight_version > 1:
                 self._ask("onload_kv", what="take the engines' caches back")
 
@@ -158,8 +153,10 @@ class Run:
             self._ask("eval", rollout_id, what="evaluate")
             self._metrics |= ray.get(self._manager.take_metrics.remote())
 
+    def _write_log(self, rollout_id: int) -> None:
+        self._log.step(rollout_id, self._metrics | self._clock.finish())
+        self._metrics = {}
+
     def _ask(self, method: str, *method_args: Any, what: str) -> Any:
-        (result,) = wait_for(
-            {_MANAGER: getattr(self._manager, method).remote(*method_args)}, what
-        )
+        (result,) = wait_for({_MANAGER: getattr(self._manager, method).remote(*method_args)}, what)
         return result

@@ -36,11 +36,7 @@ class Schedule:
     @property
     def evaluates_first(self) -> bool:
         """Whether the untrained model is evaluated; not again after a resume."""
-        return (
-            self.eval_interval is not None
-            and self.start == 0
-            and not self.skips_first_eval
-        )
+        return self.eval_interval is not None and self.start == 0 and not self.skips_first_eval
 
     def evaluates_after(self, rollout_id: int) -> bool:
         return self._is_due(rollout_id, self.eval_interval)
@@ -58,8 +54,5 @@ class Schedule:
     def _is_due(self, rollout_id: int, interval: int | None) -> bool:
         if interval is None:
             return False
-        ends_epoch = (
-            bool(self.rollouts_per_epoch)
-            and (rollout_id + 1) % self.rollouts_per_epoch == 0
-        )
+        ends_epoch = bool(self.rollouts_per_epoch) and (rollout_id + 1) % self.rollouts_per_epoch == 0
         return (rollout_id + 1) % interval == 0 or ends_epoch

@@ -16,9 +16,7 @@ from slime.weight_sync.sync import WeightSync
 class TrainRayActor:
     """Built by `RayTrainGroup`, one a device; all ranks get the same calls in the same order."""
 
-    def __init__(
-        self, args: Namespace, rank: int, world_size: int, role: str = "actor"
-    ) -> None:
+    def __init__(self, args: Namespace, rank: int, world_size: int, role: str = "actor") -> None:
         configure_logger(prefix=f"{role} {rank}")
         self._args, self._rank, self._world_size, self._role = (
             args,
@@ -59,9 +57,7 @@ class TrainRayActor:
     @property
     def trainer(self) -> Trainer:
         if self._trainer is None:
-            raise RuntimeError(
-                f"{self._role} rank {self._rank} was not initialised: call init() first."
-            )
+            raise RuntimeError(f"{self._role} rank {self._rank} was not initialised: call init() first.")
         return self._trainer
 
     def train(self, rollout_id: int, shards: list[Any]) -> dict[str, float]:
@@ -77,12 +73,8 @@ class TrainRayActor:
         from slime.ray.weights import make_weight_sync
 
         if self._sync is None:
-            self._sync = make_weight_sync(
-                self._args, self.trainer.weights(), engines, is_sender=self._rank == 0
-            )
-        self._sync.connect(
-            [engine.client() for engine in engines] if self._rank == 0 else []
-        )
+            self._sync = make_weight_sync(self._args, self.trainer.weights(), engines, is_sender=self._rank == 0)
+        self._sync.connect([engine.client() for engine in engines] if self._rank == 0 else [])
 
     def update_weights(self, version: int) -> dict[str, float]:
         """Bring the engines to `version` and prove it; metrics on rank 0."""

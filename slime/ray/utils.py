@@ -3,17 +3,14 @@
 from typing import Any
 
 NOSET_VISIBLE_DEVICES_ENV_VARS_LIST = [
-    f"RAY_EXPERIMENTAL_NOSET_{name}_VISIBLE_DEVICES"
-    for name in ("CUDA", "ROCR", "ASCEND_RT", "HABANA_VISIBLE_MODULES")
+    f"RAY_EXPERIMENTAL_NOSET_{name}_VISIBLE_DEVICES" for name in ("CUDA", "ROCR", "ASCEND_RT", "HABANA_VISIBLE_MODULES")
 ]
 """Set to 1, they keep Ray from hiding devices: placement decides which device a process sees."""
 
 
 def add_default_ray_env_vars(env: dict[str, str] | None = None) -> dict[str, str]:
     """`env` with slime's defaults for Ray workers underneath."""
-    defaults = {name: "1" for name in NOSET_VISIBLE_DEVICES_ENV_VARS_LIST} | {
-        "RAY_USE_UVLOOP": "0"
-    }
+    defaults = dict.fromkeys(NOSET_VISIBLE_DEVICES_ENV_VARS_LIST, "1") | {"RAY_USE_UVLOOP": "0"}
     return defaults | (env or {})
 
 

@@ -30,7 +30,7 @@ def wait_for(
         watch: called every second; raises to end the wait (a process that others depend on has died).
 
     Raises:
-        RemoteError: a process died or raised (its error is the cause), or the deadline passed (names who was waited for).
+        RemoteError: a process died or raised (its error is the cause), or the deadline passed; names the process.
     """
     names = {ref: name for name, ref in calls.items()}
     pending, started = list(names), time.monotonic()
@@ -43,9 +43,7 @@ def wait_for(
         waited_s = time.monotonic() - started
         if pending and timeout_s is not None and waited_s > timeout_s:
             late = ", ".join(names[ref] for ref in pending)
-            raise RemoteError(
-                f"Waited {waited_s:.0f} s for {late} to {what}; the deadline is {timeout_s:.0f} s."
-            )
+            raise RemoteError(f"Waited {waited_s:.0f} s for {late} to {what}; the deadline is {timeout_s:.0f} s.")
     return ray.get(list(calls.values()))
 
 

@@ -1,10 +1,12 @@
 """Which transport and which digests a run's weight sync uses; the one place that knows both ends."""
 
+import json
 import tempfile
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from slime.backends.sglang.checksum import FusedTensorDigests, TensorParallel, algorithm_of
 from slime.ray.engines import EngineRecord
 from slime.weight_sync.base import WeightSource
 from slime.weight_sync.digest import ExpectedDigests, TensorDigests
@@ -31,9 +33,7 @@ def make_weight_sync(
 
 def _transport(args: Namespace, engines: Sequence[EngineRecord]) -> Transport:
     if args.update_weight_transport == "disk":
-        folder = args.update_weight_disk_dir or tempfile.mkdtemp(
-            prefix="slime-weights-"
-        )
+        folder = args.update_weight_disk_dir or tempfile.mkdtemp(prefix="slime-weights-")
         return DiskTransport(
             Path(folder),
             model_path=args.hf_checkpoint,
@@ -44,16 +44,13 @@ def _transport(args: Namespace, engines: Sequence[EngineRecord]) -> Transport:
     from slime.weight_sync.distributed import DistributedTransport
 
     backend = "nccl" if args.device == "cuda" else "gloo"
-    return DistributedTransport(
-        backend=backend, ranks_per_engine=[engine.num_devices for engine in engines]
-    )
+    return DistributedTransport(backend=backend, ranks_per_engine=[engine.num_devices for engine in engines])
 
 
-def _expected_digests(
-    args: Namespace, engines: Sequence[EngineRecord]
-) -> Callable[[], ExpectedDigests]:
+def _expected_digests(args: Namespace, engines: Sequence[EngineRecord]) -> Callable[[], ExpectedDigests]:
     if engines[0].kind == "embedded":
         return TensorDigests
-    from slime.backends.sglang.checksum import SGLangDigests
-
-    return lambda: SGLangDigests(args.hf_checkpoint, tp_size=engines[0].num_devices)
+    config = json.loads((Path(args.hf_checkpoint) / "config.json").read_text())
+    parallel = TensorParallel(engines[0].num_devices, config.get("num_key_value_heads"))
+    algorithm = algorithm_of(args.device)
+    return lambda: FusedTensorDigests(config["model_type"], parallel, algorithm=algorithm)

@@ -40,12 +40,6 @@ def differences(expected: dict[str, str], actual: dict[str, str]) -> Sequence[st
         if name not in actual:
             problems.append(f"{name} is missing in the engine")
         elif actual[name] != digest:
-            problems.append(
-                f"{name} has digest {actual[name]}, the trainer's is {digest}"
-            )
-    problems += [
-        f"{name} is in the engine but was never sent"
-        for name in actual
-        if name not in expected
-    ]
+            problems.append(f"{name} has digest {actual[name]}, the trainer's is {digest}")
+    problems += [f"{name} is in the engine but was never sent" for name in actual if name not in expected]
     return problems

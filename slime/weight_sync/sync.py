@@ -45,10 +45,7 @@ class SyncReport:
 
     def metrics(self) -> dict[str, float]:
         """The report under its metric names."""
-        named = {
-            f"perf/update_weights_{phase}_time": seconds
-            for phase, seconds in self.phases_s.items()
-        }
+        named = {f"perf/update_weights_{phase}_time": seconds for phase, seconds in self.phases_s.items()}
         return {
             **named,
             "perf/update_weights_time": self.total_s,
@@ -108,9 +105,7 @@ class WeightSync:
                 pass
             return report
         if not self._engines:
-            raise WeightSyncError(
-                "No engine is connected to the weight sync: call connect() first."
-            )
+            raise WeightSyncError("No engine is connected to the weight sync: call connect() first.")
         label, digests = str(version), self._expected_digests()
         with _phase(report, "pause"):
             self._on_all(lambda engine: engine.pause(self._pause_mode))
@@ -125,9 +120,7 @@ class WeightSync:
             with _phase(report, "send"):
                 self._transport.send(bucket, label)
             report.num_tensors += len(bucket)
-            report.size_bytes += sum(
-                tensor.numel() * tensor.element_size() for _, tensor in bucket
-            )
+            report.size_bytes += sum(tensor.numel() * tensor.element_size() for _, tensor in bucket)
         with _phase(report, "send"):
             self._transport.finish(label)
         with _phase(report, "verify"):
@@ -149,17 +142,11 @@ class WeightSync:
         on_each(self._engines, call)
 
 
-def on_each(
-    engines: Sequence[WeightEngine], call: Callable[[WeightEngine], None]
-) -> None:
+def on_each(engines: Sequence[WeightEngine], call: Callable[[WeightEngine], None]) -> None:
     """Call all engines at once; wait for all of them; raise the first error, with the others appended."""
-    with ThreadPoolExecutor(
-        max(1, len(engines)), thread_name_prefix="weight-sync"
-    ) as pool:
+    with ThreadPoolExecutor(max(1, len(engines)), thread_name_prefix="weight-sync") as pool:
         futures = [pool.submit(call, engine) for engine in engines]
-        errors = [
-            error for future in futures if (error := future.exception()) is not None
-        ]
+        errors = [error for future in futures if (error := future.exception()) is not None]
     if errors:
         for other in errors[1:]:
             errors[0].add_note(f"and: {other}")
@@ -172,6 +159,4 @@ def _phase(report: SyncReport, name: str) -> Iterator[None]:
     try:
         yield
     finally:
-        report.phases_s[name] = (
-            report.phases_s.get(name, 0.0) + time.perf_counter() - started
-        )
+        report.phases_s[name] = report.phases_s.get(name, 0.0) + time.perf_counter() - started

@@ -32,11 +32,7 @@ _WEIGHT_SUFFIXES = (
 
 def shared_memory_folder(preferred: str | None = None) -> Path:
     """A new private folder (mode 0700) for handing over weights, in memory where the host has /dev/shm."""
-    parent = preferred or (
-        "/dev/shm"
-        if os.path.isdir("/dev/shm") and os.access("/dev/shm", os.W_OK)
-        else None
-    )
+    parent = preferred or ("/dev/shm" if os.path.isdir("/dev/shm") and os.access("/dev/shm", os.W_OK) else None)
     return Path(tempfile.mkdtemp(prefix="slime-weights-", dir=parent))
 
 
@@ -111,9 +107,7 @@ def write_bucket(path: Path, bucket: Bucket) -> list[dict[str, object]]:
             for entry, (_, tensor) in zip(layout, bucket, strict=True):
                 source = raw_bytes(tensor)
                 target[entry["offset"] : entry["offset"] + source.numel()].copy_(source)
-            del (
-                target
-            )  # releases its hold on the mapping, which could not be closed otherwise
+            del target  # releases its hold on the mapping, which could not be closed otherwise
     except OSError as error:
         free = shutil.disk_usage(path.parent).free
         raise WeightSyncError(
@@ -128,9 +122,7 @@ def write_bucket(path: Path, bucket: Bucket) -> list[dict[str, object]]:
 class DiskTransport:
     """A HuggingFace folder a version, `weight_v000012`, which the engines load themselves."""
 
-    def __init__(
-        self, folder: Path, *, model_path: str, keep_files: bool = False
-    ) -> None:
+    def __init__(self, folder: Path, *, model_path: str, keep_files: bool = False) -> None:
         """
         Args:
             folder: seen under the same path by trainer and engines (--update-weight-disk-dir).
@@ -169,9 +161,7 @@ class DiskTransport:
                 "Point --update-weight-disk-dir at a disk with room for two copies of the model."
             ) from error
         self._weight_map |= {name: file for name, _ in bucket}
-        self._size_bytes += sum(
-            tensor.numel() * tensor.element_size() for _, tensor in bucket
-        )
+        self._size_bytes += sum(tensor.numel() * tensor.element_size() for _, tensor in bucket)
 
     def finish(self, version: str) -> None:
         folder = self._version_folder(version)
@@ -179,9 +169,7 @@ class DiskTransport:
             "metadata": {"total_size": self._size_bytes},
             "weight_map": self._weight_map,
         }
-        (folder / "model.safetensors.index.json").write_text(
-            json.dumps(index, indent=2)
-        )
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
         copy_model_files(self._model_path, folder)
         self._weight_map, self._num_files, self._size_bytes = {}, 0, 0
         try:
