@@ -1,0 +1,1 @@
+"""Prompts in, rewarded samples out: data sources, generation, rewards, filters and evaluation."""

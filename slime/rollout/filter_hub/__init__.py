@@ -1,0 +1,1 @@
+"""Filters that decide which groups of samples are worth training on."""
