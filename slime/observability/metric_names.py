@@ -14,12 +14,11 @@ from pathlib import Path
 STEP_PHASES: dict[str, str] = {
     "generate": "waiting for samples: generation, rewards and filters",
     "train": "log-probs, advantages and optimizer steps, on every trainer rank",
-    "update_weights": "new weights to every engine, with their proof",
+    "sync": "new weights to every engine, with their proof",
     "eval": "evaluation",
     "save": "checkpoints and the data source's state",
     "offload": "giving up memory so that the other side can run",
     "onload": "taking that memory back",
-    "setup": "what is done once, before the first step: processes, models, first weights",
 }
 """The phases a step is divided into; with `other` they add up to `perf/step_time`."""
 
@@ -178,12 +177,16 @@ def _perf() -> list[Metric]:
         *_statistics("perf/decode/throughput", "tokens/s", "decoding speed of a request"),
         Metric("perf/prefill/<stage>/<statistic>", "s", "Stages of disaggregated prefill."),
         Metric("perf/decode/<stage>/<statistic>", "s", "Stages of disaggregated decoding."),
-        Metric("perf/<timer>_time", "s", "A timer inside a phase: `log_probs`, `actor_train`, `data_preprocess`, ..."),
+        Metric("perf/update_weights_time", "s", "The weight update itself, inside the sync phase."),
+        Metric(
+            "perf/<timer>_time", "s", "A timer inside a phase: `log_probs`, `actor_train`, `update_weights_send`, ..."
+        ),
         Metric("perf/<timer>_tflops", "TFLOP/s", "Speed of `actor_train`, `log_probs` or `ref_log_probs`, per rank."),
         Metric("perf/actor_train_tok_per_s", "tokens/s", "Tokens trained per second, prompts included."),
         Metric("perf/wait_time_ratio", "fraction", "Share of the step in which the trainer waits for samples."),
         Metric("perf/update_weights_density", "fraction", "Share of weight elements that changed (delta transfer)."),
-        Metric("perf/update_weights_wire_bytes", "bytes", "Bytes that a weight update sent."),
+        Metric("perf/update_weights_bytes", "bytes", "Size of the weights that an update carried."),
+        Metric("perf/update_weights_wire_bytes", "bytes", "Bytes that an update sent (delta transfer)."),
     ]
 
 

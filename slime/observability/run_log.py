@@ -114,11 +114,13 @@ def to_number(name: str, value: Any) -> int | float:
 
 
 def read_metrics(run_dir: Path | str) -> list[dict[str, Any]]:
-    """The steps of a run by number; a step written twice (a resumed run repeats it) counts as written last.
+    """The steps of a run by number; of a step written twice (a resumed run repeats it) each metric's last value counts.
 
     A line that a crash tore is left out with a warning.
     """
-    steps = {line["step"]: line for line in _read_lines(Path(run_dir) / METRICS_FILE)}
+    steps: dict[int, dict[str, Any]] = {}
+    for line in _read_lines(Path(run_dir) / METRICS_FILE):
+        steps.setdefault(line["step"], {}).update(line)
     return [steps[number] for number in sorted(steps)]
 
 

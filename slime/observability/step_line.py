@@ -33,7 +33,7 @@ FACTS = (
     Fact("train-rollout", ("train/train_rollout_logprob_abs_diff",), "{:.1e} nat"),
     Fact("gen", ("perf/generate_time", "perf/rollout_time"), "{:.1f} s"),
     Fact("train", ("perf/train_time",), "{:.1f} s"),
-    Fact("sync", ("perf/update_weights_time",), "{:.1f} s"),
+    Fact("sync", ("perf/sync_time", "perf/update_weights_time"), "{:.1f} s"),
     Fact("step", ("perf/step_time",), "{:.1f} s"),
 )
 
