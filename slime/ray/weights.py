@@ -6,10 +6,14 @@ from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import ray
+
 from slime.backends.sglang.checksum import FusedTensorDigests, TensorParallel, algorithm_of
 from slime.ray.engines import EngineRecord
+from slime.utils.processes import free_port
 from slime.weight_sync.base import WeightSource
 from slime.weight_sync.digest import ExpectedDigests, TensorDigests
+from slime.weight_sync.process_group import DistributedTransport
 from slime.weight_sync.sync import Transport, WeightSync
 from slime.weight_sync.transports import DiskTransport, SharedMemoryTransport
 
@@ -41,10 +45,14 @@ def _transport(args: Namespace, engines: Sequence[EngineRecord]) -> Transport:
         )
     if engines[0].kind == "embedded":
         return SharedMemoryTransport(Path(engines[0].weights_dir))
-    from slime.weight_sync.distributed import DistributedTransport
-
-    backend = "nccl" if args.device == "cuda" else "gloo"
-    return DistributedTransport(backend=backend, ranks_per_engine=[engine.num_devices for engine in engines])
+    host = "127.0.0.1" if args.device == "cpu" else ray.util.get_node_ip_address()
+    return DistributedTransport(
+        backend="nccl" if args.device == "cuda" else "gloo",
+        master_address=host,
+        free_port=lambda: free_port(host),
+        num_ranks=lambda engine: next(record.num_devices for record in engines if record.url == engine.url),
+        device=args.device,
+    )
 
 
 def _expected_digests(args: Namespace, engines: Sequence[EngineRecord]) -> Callable[[], ExpectedDigests]:

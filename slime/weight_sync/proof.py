@@ -19,7 +19,7 @@ def verify(engine: WeightEngine, expected: dict[str, str], version: str) -> None
     reported = engine.weight_version()
     if reported != version:
         raise WeightSyncError(
-            f"{engine.name} ({engine.url}) reports weight version {reported!r} after version {version!r} was sent to it."
+            f"{engine.name} ({engine.url}) reports weight version {reported!r} after version {version!r} was sent."
         )
     actual = engine.checksums()
     if problems := differences(expected, actual):
