@@ -1,0 +1,220 @@
+"""Weights over a process group beside the trainer's own, which rank 0 sends and engines receive: gloo or NCCL."""
+
+import datetime
+import socket
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from typing import Any, Protocol
+
+import torch.distributed as dist
+from torch import Tensor
+
+# No public function makes a second group with members from outside the default one. Engines join with this one; using
+# the same function keeps the keys in the store equal on both sides. To be replaced when torch offers a public way.
+from torch.distributed.distributed_c10d import Backend, PrefixStore, _new_process_group_helper
+
+from slime.weight_sync.base import Bucket, EngineError, WeightEngine, WeightSyncError
+from slime.weight_sync.sync import on_each
+
+
+class DistributedEngine(WeightEngine, Protocol):
+    """What this transport asks of an engine besides `WeightEngine`."""
+
+    def begin_weight_update(self) -> None: ...
+
+    def end_weight_update(self) -> None: ...
+
+
+class DistributedTransport:
+    """Buckets broadcast from trainer rank 0 to every rank of every engine, across hosts and without files.
+
+    One sync: engines paused and flushed; `begin_weight_update`; for each bucket, `update_weights_from_distributed` on
+    all engines at once while this side broadcasts; `end_weight_update`; the version label. An engine answers only when
+    it has received, so no call to an engine may come before or without its broadcast.
+    """
+
+    def __init__(
+        self,
+        *,
+        backend: str,
+        master_address: str,
+        free_port: Callable[[], int],
+        num_ranks: Callable[[WeightEngine], int] = lambda engine: 1,
+        device: str = "cpu",
+        timeout_s: float = 300.0,
+    ) -> None:
+        """
+        Args:
+            backend: "gloo" (device cpu) or "nccl" (device cuda).
+            master_address: an address of this host that the engines reach; the store listens on it alone.
+            free_port: finds a free port of this host.
+            num_ranks: the tensor- and pipeline-parallel ranks of an engine.
+            device: where the backend reads tensors.
+            timeout_s: of joining and of each broadcast.
+        """
+        self._backend, self._master_address, self._free_port = backend, master_address, free_port
+        self._num_ranks, self._device, self._timeout_s = num_ranks, device, timeout_s
+        self._engines: Sequence[DistributedEngine] = ()
+        self._group: WeightGroup | None = None
+        self._num_groups = 0
+        self._is_open = False
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="weight-broadcast")
+
+    def connect(self, engines: Sequence[DistributedEngine]) -> None:  # type: ignore[override]
+        """Make a new group with these engines; the one before it, if any, is left first."""
+        self._leave()
+        self._engines = list(engines)
+        self._num_groups += 1
+        offsets, world_size = {}, 1
+        for engine in self._engines:
+            offsets[engine.url] = world_size
+            world_size += self._num_ranks(engine)
+        layout: dict[str, Any] = {
+            "master_address": self._master_address,
+            "master_port": self._free_port(),
+            "world_size": world_size,
+            "group_name": f"slime-weights-{self._num_groups}",
+            "backend": self._backend,
+        }
+        # A trainer that was restarted meets engines which still know the group of its predecessor.
+        on_each(self._engines, lambda engine: engine.destroy_weights_update_group(layout["group_name"]))
+        joining = self._pool.submit(join, **layout, timeout_s=self._timeout_s)
+        self._together(
+            joining,
+            lambda engine: engine.init_weights_update_group(rank_offset=offsets[engine.url], **layout),
+            f"the process group {layout['group_name']} of {world_size} ranks at {self._master_address}",
+        )
+        self._group = joining.result()
+
+    def send(self, bucket: Bucket, version: str) -> None:
+        assert self._group is not None, "connect() comes before send()"
+        if not self._is_open:
+            on_each(self._engines, lambda engine: engine.begin_weight_update())
+            self._is_open = True
+        tensors = [tensor.detach().to(self._device).contiguous() for _, tensor in bucket]
+        request: dict[str, Any] = {
+            "names": [name for name, _ in bucket],
+            "dtypes": [str(tensor.dtype).removeprefix("torch.") for tensor in tensors],
+            "shapes": [list(tensor.shape) for tensor in tensors],
+            "group_name": self._group.name,
+        }
+        self._together(
+            self._pool.submit(self._group.broadcast, tensors),
+            lambda engine: engine.update_weights_from_distributed(**request),
+            f"the broadcast of {len(tensors)} tensors of version {version}",
+        )
+
+    def finish(self, version: str) -> None:
+        on_each(self._engines, lambda engine: engine.end_weight_update())
+        self._is_open = False
+        on_each(self._engines, lambda engine: engine.set_weight_version(version))
+
+    def close(self) -> None:
+        self._leave()
+        self._pool.shutdown(wait=False)
+
+    def _leave(self) -> None:
+        group, self._group, self._is_open = self._group, None, False
+        if group is None:
+            return
+        for engine in self._engines:
+            try:
+                engine.destroy_weights_update_group(group.name)
+            except EngineError:  # it is gone, and its end of the group with it
+                continue
+        group.close()
+
+    def _together(self, ours: "Future[Any]", call: Callable[[Any], None], what: str) -> None:
+        """Wait for our half and the engines'; the first error ends the wait, since the other half may never end."""
+        with_engines = ThreadPoolExecutor(1, thread_name_prefix="weight-engines")
+        theirs = with_engines.submit(on_each, self._engines, call)
+        done, running = wait([ours, theirs], timeout=self._timeout_s, return_when=FIRST_EXCEPTION)
+        with_engines.shutdown(wait=False)
+        failed = sorted((future for future in done if future.exception() is not None), key=lambda f: f is ours)
+        if failed or running:
+            self._pool.shutdown(wait=False)  # its thread may hang in the half that failed
+            self._pool = ThreadPoolExecutor(1, thread_name_prefix="weight-broadcast")
+            self._group = None
+            names = ", ".join(f"{engine.name} ({engine.url})" for engine in self._engines)
+            reason = failed[0].exception() if failed else f"not complete within {self._timeout_s:g} s"
+            raise WeightSyncError(f"Weights over {self._backend}: {what} with {names} failed: {reason}") from (
+                failed[0].exception() if failed else None
+            )
+
+
+class WeightGroup:
+    """This process as rank 0 of a group whose other ranks are engines' ranks."""
+
+    def __init__(self, group: dist.ProcessGroup, store: dist.TCPStore, name: str) -> None:
+        self.name = name
+        self._group = group
+        self._store = store  # rank 0 serves it: it must live as long as the group
+
+    def broadcast(self, tensors: list[Tensor]) -> None:
+        """Send [*] contiguous tensors from here to all engines, in order; returns when all are sent.
+
+        They must lie where the backend works: on the CPU for gloo, on this rank's GPU for NCCL.
+        """
+        options = dist.BroadcastOptions()
+        options.rootRank, options.rootTensor = 0, 0
+        for work in [self._group.broadcast([tensor], options) for tensor in tensors]:
+            work.wait()
+
+    def close(self) -> None:
+        """Leave the group; engines leave by `destroy_weights_update_group`."""
+        dist.destroy_process_group(self._group)
+
+
+def join(
+    *,
+    master_address: str,
+    master_port: int,
+    world_size: int,
+    group_name: str,
+    backend: str,
+    rank: int = 0,
+    timeout_s: float = 300.0,
+) -> WeightGroup:
+    """Make the group, as rank 0 by default; returns when all `world_size` ranks are there.
+
+    Engines must be asked to join at the same time, from other threads: each of their answers waits for this side.
+
+    Args:
+        master_address: where rank 0 listens, as engines reach it.
+        world_size: 1 + the number of the engines' ranks; engine i starts at rank 1 + the ranks of those before it.
+        backend: "gloo" or "nccl".
+
+    Raises:
+        torch.distributed.DistStoreError: some rank did not come within `timeout_s`.
+    """
+    timeout = datetime.timedelta(seconds=timeout_s)
+    listener = _listen(master_address, master_port) if rank == 0 else None
+    store = dist.TCPStore(
+        master_address,
+        master_port,
+        world_size,
+        is_master=rank == 0,
+        timeout=timeout,
+        master_listen_fd=listener.detach() if listener else None,  # by itself the store listens on every interface
+    )
+    group, _ = _new_process_group_helper(
+        world_size,
+        rank,
+        [],
+        Backend(backend),
+        PrefixStore(group_name, store),
+        group_name=group_name,
+        timeout=timeout,
+    )
+    # torch asks for the ranks of every group that it destroys.
+    dist.distributed_c10d._world.pg_group_ranks[group] = {member: member for member in range(world_size)}
+    return WeightGroup(group, store, group_name)
+
+
+def _listen(address: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind((address, port))
+    listener.listen()
+    return listener
