@@ -275,8 +275,8 @@ def _check_lengths(
             raise ValueError(f"Sample {i}: tokens must be one-dimensional, got shape {tuple(ids.shape)}.")
         if num_response < 0 or (num_response > 0 and num_response >= ids.numel()):
             raise ValueError(
-                f"Sample {i}: a response of {num_response} tokens in a sequence of {ids.numel()} leaves no prompt token "
-                "to predict the first response token; `tokens` must be the prompt followed by the response."
+                f"Sample {i}: a response of {num_response} tokens in a sequence of {ids.numel()} leaves no prompt "
+                "token to predict the first response token; `tokens` must be the prompt followed by the response."
             )
 
 

@@ -31,7 +31,7 @@ def _head_dim(args: Namespace) -> int:
 def _flops_per_token(args: Namespace) -> float:
     """Everything that grows with s: projections, MLPs of all layers, the head."""
     vocab_size = _get(args, "padded_vocab_size", _get(args, "vocab_size", 0))
-    num_moe = sum(_is_moe_layer(args, layer) for layer in range(args.num_layers))
+    num_moe = sum(is_moe_layer(args, layer) for layer in range(args.num_layers))
     mlp = _dense_mlp_flops(args) * (args.num_layers - num_moe) + (_moe_mlp_flops(args) * num_moe if num_moe else 0)
     return float(args.num_layers * _projection_flops(args) + mlp + 2 * args.hidden_size * vocab_size)
 
@@ -75,7 +75,7 @@ def _moe_mlp_flops(args: Namespace) -> float:
     return 6.0 * int(args.hidden_size) * width
 
 
-def _is_moe_layer(args: Namespace, layer: int) -> bool:
+def is_moe_layer(args: Namespace, layer: int) -> bool:
     """Whether a layer (from 0) has experts, by Megatron's `moe_layer_freq`: every n-th, or a list of 0 and 1."""
     if not _get(args, "num_experts", 0):
         return False
