@@ -1,0 +1,182 @@
+"""The attention layer that transformers' model code calls: writes keys and values into the cache, reads them back.
+
+Letters: T tokens of the packed input, B sequences, Hq query heads, H key-value heads, D head size, P cached positions.
+The model runs on one packed row [1, T]; a `Batch` object says which token belongs to which sequence and does the attention.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from slime.backends.embedded.cache import KVShape, SlotCache
+
+NOT_SERVED = {"s_aux": "attention sinks", "softcap": "capped attention scores"}
+"""Arguments of transformers' attention functions whose meaning this layer does not have."""
+
+
+class Batch(Protocol):
+    """One forward pass: which tokens go where."""
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, cache: SlotCache, scale: float, window: int | None
+    ) -> Tensor:
+        """Attention of all T tokens. query [Hq, T, D], key and value [H, T, D] -> [T, Hq, D]."""
+
+
+@dataclass
+class DecodeBatch:
+    """The next token of each of the first B rows of the cache.
+
+    positions [B]: where that token stands in its sequence (the number of positions already cached).
+    """
+
+    positions: Tensor
+    _masks: dict[int | None, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.rows = torch.arange(self.positions.shape[0])
+        self.length = int(self.positions.max()) + 1
+
+    def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
+        """[B, 1, 1, length], 0 where a sequence may look, minus infinity elsewhere."""
+        if window not in self._masks:
+            columns = torch.arange(self.length)
+            hidden = columns > self.positions[:, None]
+            if window is not None:
+                hidden |= columns <= self.positions[:, None] - window
+            mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
+            self._masks[window] = mask[:, None, None]
+        return self._masks[window]
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, cache: SlotCache, scale: float, window: int | None
+    ) -> Tensor:
+        keys, values = cache.keys[layer], cache.values[layer]
+        keys[self.rows, :, self.positions] = key.transpose(0, 1)
+        values[self.rows, :, self.positions] = value.transpose(0, 1)
+        num_rows, num_heads, head_dim = self.rows.shape[0], key.shape[0], query.shape[-1]
+        # The query heads of one key-value head become query positions, so keys and values are not repeated.
+        grouped = query.transpose(0, 1).reshape(num_rows, num_heads, -1, head_dim)
+        mask = self.mask(window, query.dtype).expand(-1, 1, grouped.shape[2], -1)
+        out = F.scaled_dot_product_attention(
+            grouped, keys[:num_rows, :, : self.length], values[:num_rows, :, : self.length], attn_mask=mask, scale=scale
+        )
+        return out.reshape(num_rows, query.shape[0], -1)
+
+
+@dataclass(frozen=True)
+class PrefillSegment:
+    """New tokens of one prompt: `length` tokens from `start` in the packed row, after `cached` positions in `rows[0]`.
+
+    All of `rows` get the same keys and values (requests with the same prompt); `rows[0]` holds the cached ones.
+    """
+
+    start: int
+    length: int
+    cached: int
+    rows: tuple[int, ...]
+
+
+@dataclass
+class PrefillBatch:
+    """Whole prompts, or what is left of them after a cached prefix; no sequence sees another."""
+
+    segments: list[PrefillSegment]
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, cache: SlotCache, scale: float, window: int | None
+    ) -> Tensor:
+        keys, values = cache.keys[layer], cache.values[layer]
+        out = torch.empty(query.shape[1], query.shape[0], value.shape[-1], dtype=query.dtype)
+        for segment in self.segments:
+            tokens = slice(segment.start, segment.start + segment.length)
+            end = segment.cached + segment.length
+            rows = list(segment.rows)
+            keys[rows, :, segment.cached : end] = key[None, :, tokens]
+            values[rows, :, segment.cached : end] = value[None, :, tokens]
+            if segment.cached:
+                seen_keys, seen_values = keys[rows[:1], :, :end], values[rows[:1], :, :end]
+            else:
+                seen_keys, seen_values = key[None, :, tokens], value[None, :, tokens]
+            mask = _prefill_mask(segment.length, end, window)
+            attended = F.scaled_dot_product_attention(
+                query[None, :, tokens],
+                seen_keys,
+                seen_values,
+                attn_mask=mask,
+                is_causal=mask is None,
+                scale=scale,
+                enable_gqa=query.shape[0] != key.shape[0],
+            )
+            out[tokens] = attended[0].transpose(0, 1)
+        return out
+
+
+def _prefill_mask(length: int, end: int, window: int | None) -> Tensor | None:
+    """[length, end] bool, true where the last `length` of `end` positions may look; None when plain causal says it."""
+    if length == end and (window is None or end <= window):
+        return None
+    rows = torch.arange(end - length, end)[:, None]
+    columns = torch.arange(end)
+    visible = columns <= rows
+    if window is not None:
+        visible &= columns > rows - window
+    return visible
+
+
+class CachedAttention:
+    """What is registered with transformers as an attention implementation; one object an engine.
+
+    Before each forward pass the engine sets `batch`. `calls` counts the layers that came through here, so that a model
+    whose layers attend in another way is noticed (`slime.backends.embedded.model.probe`).
+    """
+
+    def __init__(self) -> None:
+        self.cache: SlotCache | None = None
+        self.batch: Batch | None = None
+        self.calls = 0
+
+    def __call__(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        sliding_window: int | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """query [1, Hq, T, D], key and value [1, H, T, D] -> ([1, T, Hq, D], None), as transformers asks."""
+        assert self.cache is not None and self.batch is not None
+        for name, meaning in NOT_SERVED.items():
+            if kwargs.get(name) is not None:
+                raise ValueError(
+                    f"{type(module).__name__} uses {meaning} ({name}), which the embedded engine cannot compute. "
+                    "Serve this model with --rollout-engine sglang."
+                )
+        self.calls += 1
+        scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+        layer: int = module.layer_idx  # type: ignore[assignment]
+        out = self.batch.attend(layer, query[0], key[0], value[0], self.cache, scale, sliding_window)
+        return out[None], None
+
+
+@dataclass
+class ShapeProbe:
+    """A batch that attends without a cache and writes down what a layer would keep."""
+
+    shapes: dict[int, KVShape] = field(default_factory=dict)
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, cache: SlotCache, scale: float, window: int | None
+    ) -> Tensor:
+        self.shapes[layer] = KVShape(key.shape[0], key.shape[-1], value.shape[-1])
+        out = F.scaled_dot_product_attention(
+            query[None], key[None], value[None], is_causal=True, scale=scale, enable_gqa=query.shape[0] != key.shape[0]
+        )
+        return out[0].transpose(0, 1)
