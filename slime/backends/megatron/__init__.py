@@ -1,0 +1,1 @@
+"""Trains with Megatron-core; the only room that imports megatron."""

@@ -1,0 +1,36 @@
+"""The Protocol of an accelerator."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+@dataclass(frozen=True)
+class MemoryFacts:
+    """Memory that this process holds, in bytes."""
+
+    used_bytes: int
+    """On CUDA, what the allocator has given to tensors; on a CPU, the process's resident set."""
+    peak_bytes: int
+    total_bytes: int
+    """Of the device; of the machine on a CPU."""
+
+
+class Accelerator(Protocol):
+    """The device one training process computes on."""
+
+    device: torch.device
+    backend: str
+    """Collective backend: `nccl` or `gloo`."""
+
+    def install(self) -> None:
+        """Prepare this process; call before megatron is imported. Repeating it does nothing."""
+
+    def synchronize(self) -> None:
+        """Wait until the device has done what it was given."""
+
+    def empty_cache(self) -> None:
+        """Return freed memory to where others can use it."""
+
+    def memory(self) -> MemoryFacts: ...

@@ -1,0 +1,154 @@
+"""The decoder layer as Megatron builds it where Transformer Engine is not: its norm, its attention, its activation.
+
+Letters: T rows of a packed micro-batch, H query heads, G key and value heads (groups), d dimensions of a head.
+"""
+
+import dataclasses
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from torch import Tensor
+
+from slime.backends.megatron.packed import PackedSegments
+from slime.backends.megatron.pointwise import rotate, swiglu
+
+
+class Norm:
+    """torch's RMSNorm or LayerNorm, marked so that Megatron sums its gradient over sequence-parallel ranks.
+
+    (Megatron's own wrapper refuses sequence parallelism.)
+    """
+
+    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> torch.nn.Module:
+        kind = torch.nn.RMSNorm if config.normalization == "RMSNorm" else torch.nn.LayerNorm
+        norm = kind(hidden_size, eps=eps, dtype=config.params_dtype, device=torch.cuda.current_device())
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = config.sequence_parallel
+        return norm
+
+
+class SwiGLU(torch.nn.Module):
+    """The MLP's activation: [..., 2 f] -> [..., f]."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return swiglu(x)
+
+
+class VarlenAttention(torch.nn.Module):
+    """`core_attention` for packed rows: each segment attends causally to itself and wholly to its prefix.
+
+    It applies the rotary angles, as only `PackedSegments` knows the positions; Megatron's model is built without.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: Any = None,
+        attention_type: str = "self",
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: Any = None,
+    ) -> None:
+        super().__init__()
+        if config.attention_dropout:
+            raise ValueError("Packed attention has no dropout; give --attention-dropout 0.")
+        self.scale = softmax_scale or config.kv_channels**-0.5
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        attn_mask_type: Any = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSegments | None = None,
+    ) -> Tensor:
+        """query: [T, H, d]; key, value: [T, G, d]. Returns [T, H * d]."""
+        assert isinstance(packed_seq_params, PackedSegments), "the model is called with packed rows only"
+        if packed_seq_params.cos is not None and packed_seq_params.sin is not None:
+            query = rotate(query, packed_seq_params.cos, packed_seq_params.sin)
+            key = rotate(key, packed_seq_params.cos, packed_seq_params.sin)
+        attend = _attend_on_cuda if query.is_cuda else _attend_on_cpu
+        return attend(query, key, value, packed_seq_params, self.scale).flatten(1)
+
+
+def _attend_on_cuda(query: Tensor, key: Tensor, value: Tensor, packed: PackedSegments, scale: float) -> Tensor:
+    """One variable-length kernel; where a segment has more keys than queries, its queries are the last of them."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    if packed.key_index is not None:
+        key, value = key[packed.key_index], value[packed.key_index]
+    if key.size(1) != query.size(1):  # grouped-query attention is an option of the kernel only since torch 2.13
+        repeats = query.size(1) // key.size(1)
+        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    return varlen_attn(
+        query,
+        key,
+        value,
+        packed.cu_seqlens_q,
+        packed.cu_seqlens_kv,
+        packed.max_seqlen_q,
+        packed.max_seqlen_kv,
+        scale=scale,
+        window_size=(-1, 0),
+    )
+
+
+def _attend_on_cpu(query: Tensor, key: Tensor, value: Tensor, packed: PackedSegments, scale: float) -> Tensor:
+    if packed.key_index is not None:
+        key, value = key[packed.key_index], value[packed.key_index]
+    outputs = []
+    lengths = packed.query_lengths
+    pieces = zip(query.split(lengths), key.split(packed.key_lengths), value.split(packed.key_lengths), strict=True)
+    for q, k, v in pieces:
+        mask = None
+        if q.size(0) != k.size(0):  # torch's is_causal would align the first query with the first key
+            mask = torch.ones(q.size(0), k.size(0), dtype=torch.bool).tril(k.size(0) - q.size(0))
+        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.size(1) != k.size(1)
+        )
+        outputs.append(out.squeeze(0).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+def decoder_block_spec(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """Megatron's local spec of the layers of this pipeline stage, with our norm and attention in it."""
+    spec = get_gpt_decoder_block_spec(
+        config, use_transformer_engine=False, normalization=config.normalization, vp_stage=vp_stage
+    )
+    return _replaced(spec)
+
+
+_REPLACEMENTS: dict[type, Any] = {WrappedTorchNorm: Norm, DotProductAttention: VarlenAttention}
+
+
+def _replaced(spec: Any) -> Any:
+    """The same spec with modules replaced; the stock one, which Megatron may share between models, is not touched."""
+    if isinstance(spec, type):
+        return _REPLACEMENTS.get(spec, spec)
+    if isinstance(spec, list):
+        return [_replaced(item) for item in spec]
+    if isinstance(spec, MLPSubmodules):
+        return dataclasses.replace(spec, activation_func=SwiGLU)
+    if isinstance(spec, ModuleSpec):
+        return dataclasses.replace(spec, module=_replaced(spec.module), submodules=_replaced(spec.submodules))
+    if dataclasses.is_dataclass(spec) and not isinstance(spec, type):
+        return dataclasses.replace(
+            spec, **{f.name: _replaced(getattr(spec, f.name)) for f in dataclasses.fields(spec) if f.init}
+        )
+    return spec

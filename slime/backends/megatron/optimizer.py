@@ -1,0 +1,96 @@
+"""The optimizer and its learning rate: built, stepped, checked for what is not finite."""
+
+from argparse import Namespace
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from slime.backends.megatron.config import optimizer_config
+
+
+class StepResult(NamedTuple):
+    """What one optimizer step did.
+
+    Attributes:
+        is_applied: False if a gradient was not finite; the weights are then as before.
+        grad_norm: norm of the whole model's gradient before clipping.
+    """
+
+    is_applied: bool
+    grad_norm: float
+
+
+def build_optimizer(args: Namespace, models: Sequence[torch.nn.Module]) -> MegatronOptimizer:
+    """Megatron's optimizer over DDP-wrapped stages; its main parameters are float32 copies where weights are not."""
+    optimizer = get_megatron_optimizer(optimizer_config(args), list(models))
+    for part in optimizer.chained_optimizers:
+        if isinstance(part.optimizer, torch.optim.AdamW | torch.optim.Adam):
+            _fuse(part.optimizer)
+    return optimizer
+
+
+def _fuse(adam: torch.optim.Optimizer) -> None:
+    """One pass over memory a step instead of a dozen; the same formula. (Megatron has no setting for torch's Adam.)"""
+    for group in [adam.defaults, *adam.param_groups]:
+        group["fused"], group["foreach"] = True, False
+
+
+def build_scheduler(args: Namespace, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
+    """Learning rate by the number of samples trained, as in Megatron: warm-up, then --lr-decay-style.
+
+    --lr-warmup-fraction and --lr-warmup-iters, --lr-decay-iters count optimizer steps of --global-batch-size samples.
+    """
+    batch = args.global_batch_size
+    decay_samples = max((getattr(args, "lr_decay_iters", None) or train_iters(args)) * batch, 1)
+    if (fraction := getattr(args, "lr_warmup_fraction", None)) is not None:
+        warmup_samples = int(fraction * decay_samples)
+    else:
+        warmup_samples = (getattr(args, "lr_warmup_iters", 0) or 0) * batch
+    weight_decay = getattr(args, "weight_decay", 0.01)
+    start_decay = getattr(args, "start_weight_decay", None)
+    end_decay = getattr(args, "end_weight_decay", None)
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=getattr(args, "lr_warmup_init", 0.0) or 0.0,
+        max_lr=args.lr,
+        min_lr=getattr(args, "min_lr", None) or 0.0,
+        lr_warmup_steps=min(warmup_samples, decay_samples - 1),
+        lr_decay_steps=decay_samples,
+        lr_decay_style=getattr(args, "lr_decay_style", None) or "constant",
+        start_wd=weight_decay if start_decay is None else start_decay,
+        end_wd=weight_decay if end_decay is None else end_decay,
+        wd_incr_steps=decay_samples,
+        wd_incr_style=getattr(args, "weight_decay_incr_style", None) or "constant",
+    )
+
+
+def train_iters(args: Namespace) -> int:
+    """Optimizer steps of the whole run; 1 where the number of rollouts is not known."""
+    num_rollout = getattr(args, "num_rollout", None) or 1
+    samples = num_rollout * args.rollout_batch_size * args.n_samples_per_prompt
+    return max(samples // args.global_batch_size, 1)
+
+
+@torch.no_grad()
+def step(optimizer: MegatronOptimizer) -> StepResult:
+    """Reduce, clip and apply the gradients; all ranks take the same decision."""
+    if optimizer.prepare_grads():  # fp16 only: the loss scale was too large and is lowered
+        return StepResult(False, float("nan"))
+    grad_norm = float(optimizer.get_grad_norm())
+    if not torch.isfinite(torch.tensor(grad_norm)):
+        return StepResult(False, grad_norm)
+    for part in optimizer.chained_optimizers:
+        parameters = [] if getattr(part, "is_stub_optimizer", False) else part.get_parameters()
+        if parameters and part.config.clip_grad > 0.0:
+            clip_grad_by_total_norm_fp32(parameters, max_norm=part.config.clip_grad, total_norm=grad_norm)
+    optimizer.step_with_ready_grads()
+    return StepResult(True, grad_norm)
+
+
+def learning_rates(optimizer: MegatronOptimizer) -> list[float]:
+    """Of each parameter group."""
+    return [float(group["lr"]) for group in optimizer.param_groups]

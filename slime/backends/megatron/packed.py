@@ -1,0 +1,73 @@
+"""What every layer must know of a packed row: which rows attend to which, and the rotary angles of each.
+
+Letters: T rows of the packed micro-batch, d rotary dimensions.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+from slime.data.packing import PackedBatch, Segment
+
+
+@dataclass
+class PackedSegments(PackedSeqParams):
+    """Megatron hands this object to every attention layer.
+
+    Megatron would derive positions from `cu_seqlens`, which cannot say that a response goes on after a prompt that
+    lies elsewhere in the row. So positions travel as angles, and `VarlenAttention` applies them.
+    """
+
+    segments: tuple[Segment, ...] = ()
+    cos: Tensor | None = None
+    """[T, 1, d/2] in the dtype of the activations."""
+    sin: Tensor | None = None
+    key_lengths: list[int] = field(default_factory=list)
+    """Keys of each segment: its prefix and its own rows."""
+    key_index: Tensor | None = None
+    """Rows that hold the keys of all segments one after the other; None if every segment has its own keys only."""
+
+    @property
+    def query_lengths(self) -> list[int]:
+        return [segment.q_len for segment in self.segments]
+
+
+def packed_segments(batch: PackedBatch, inverse_frequencies: Tensor, dtype: torch.dtype) -> PackedSegments:
+    """Describe a micro-batch to the attention layers.
+
+    Args:
+        batch: on the device of the model.
+        inverse_frequencies: [d/2] float32, radians per position.
+        dtype: of the activations; angles are taken in float32 and their cosines rounded, as transformers does.
+    """
+    angles = torch.outer(batch.position_ids.float(), inverse_frequencies)[:, None, :]
+    key_lengths = [segment.prefix_len + segment.q_len for segment in batch.segments]
+    query_lengths = [segment.q_len for segment in batch.segments]
+    device = batch.input_ids.device
+    return PackedSegments(
+        qkv_format="thd",
+        cu_seqlens_q=_cumulative(query_lengths, device),
+        cu_seqlens_kv=_cumulative(key_lengths, device),
+        max_seqlen_q=max(query_lengths, default=0),
+        max_seqlen_kv=max(key_lengths, default=0),
+        segments=batch.segments,
+        cos=angles.cos().to(dtype),
+        sin=angles.sin().to(dtype),
+        key_lengths=key_lengths,
+        key_index=_key_index(batch.segments, device) if batch.has_shared_prompts else None,
+    )
+
+
+def _cumulative(lengths: Sequence[int], device: torch.device) -> Tensor:
+    return torch.tensor([0, *lengths], device=device).cumsum(0, dtype=torch.int32)
+
+
+def _key_index(segments: Sequence[Segment], device: torch.device) -> Tensor:
+    pieces = []
+    for segment in segments:
+        pieces.append(torch.arange(segment.prefix_start, segment.prefix_start + segment.prefix_len))
+        pieces.append(torch.arange(segment.q_start, segment.q_start + segment.q_len))
+    return torch.cat(pieces).to(device)

@@ -1,0 +1,83 @@
+"""Process groups of one training rank: set up, asked for sizes, torn down."""
+
+import os
+import random
+from argparse import Namespace
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from slime.backends.megatron.accelerator import Accelerator
+
+
+def initialize(
+    args: Namespace, accelerator: Accelerator, rank: int, world_size: int, master_addr: str, master_port: int
+) -> None:
+    """Join the other ranks and divide them into Megatron's groups.
+
+    Raises:
+        RuntimeError: the ranks did not meet within --distributed-timeout-minutes.
+    """
+    minutes = getattr(args, "distributed_timeout_minutes", 10)
+    if master_addr in ("127.0.0.1", "localhost"):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one node: do not listen to the outside
+    try:
+        dist.init_process_group(
+            accelerator.backend,
+            init_method=f"tcp://{master_addr}:{master_port}",
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(minutes=minutes),
+        )
+    except Exception as error:
+        raise RuntimeError(
+            f"Training rank {rank} of {world_size} did not meet the others at {master_addr}:{master_port} within "
+            f"{minutes} min (--distributed-timeout-minutes): {error}"
+        ) from error
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=getattr(args, "tensor_model_parallel_size", 1),
+        pipeline_model_parallel_size=getattr(args, "pipeline_model_parallel_size", 1),
+        virtual_pipeline_model_parallel_size=getattr(args, "virtual_pipeline_model_parallel_size", None),
+        context_parallel_size=getattr(args, "context_parallel_size", 1),
+        expert_model_parallel_size=getattr(args, "expert_model_parallel_size", 1),
+        expert_tensor_parallel_size=getattr(args, "expert_tensor_parallel_size", None),
+        distributed_timeout_minutes=minutes,
+    )
+    seed_everything(getattr(args, "seed", 1234))
+
+
+def seed_everything(seed: int) -> None:
+    """Seed python, numpy and torch; pipeline stages differ, tensor-parallel ranks only inside their regions."""
+    seed += 100 * parallel_state.get_pipeline_model_parallel_rank()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def close() -> None:
+    """Leave all groups."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def data_parallel_rank() -> int:
+    return int(parallel_state.get_data_parallel_rank())
+
+
+def data_parallel_size() -> int:
+    return int(parallel_state.get_data_parallel_world_size())
+
+
+def sum_over_data_parallel(values: torch.Tensor) -> torch.Tensor:
+    """Sum in place over data- and context-parallel ranks of the last pipeline stage, then tell the other stages."""
+    dist.all_reduce(values, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        group = parallel_state.get_pipeline_model_parallel_group()
+        dist.broadcast(values, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
+    return values

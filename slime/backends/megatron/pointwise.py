@@ -1,0 +1,69 @@
+"""The small pieces between matrix products, each with a backward of its own: on a CPU the memory traffic of a dozen
+autograd nodes costs more than the arithmetic.
+
+Numbers are those of the plain expression, in the same order of roundings that transformers uses.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class _Rotate(torch.autograd.Function):
+    """x * cos + rotate_half(x) * sin over the first d dimensions; its transpose turns the other way."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotated(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotated(grad, cos, -sin), None, None
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = cos.size(-1)
+    first, second = x[..., :half], x[..., half : 2 * half]
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    torch.sub(first * cos, second * sin, out=out[..., :half])
+    torch.add(second * cos, first * sin, out=out[..., half : 2 * half])
+    if 2 * half < x.size(-1):
+        out[..., 2 * half :] = x[..., 2 * half :]
+    return out
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding (arXiv:2104.09864) in the half-split layout of llama.
+
+    Args:
+        x: [T, heads, head_dim].
+        cos, sin: [T, 1, d/2] with d <= head_dim; dimensions from d on pass unchanged.
+    """
+    return _Rotate.apply(x, cos, sin)
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        gate, up = x.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        gate, up = x.chunk(2, dim=-1)
+        grad_x = torch.empty_like(x)
+        grad_gate, grad_up = grad_x.chunk(2, dim=-1)
+        torch.mul(grad, F.silu(gate), out=grad_up)
+        grad_gate.copy_(torch.ops.aten.silu_backward(grad * up, gate))
+        return grad_x
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """silu(gate) * up (arXiv:2002.05202) of x = [gate, up] along the last axis: [..., 2 f] -> [..., f]."""
+    return _SwiGLU.apply(x)

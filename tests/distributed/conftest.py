@@ -1,0 +1,13 @@
+"""`ranks`: the pool of forked gloo ranks, one a test run."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.distributed.pool import RankPool, close_pool, pool
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[RankPool]:
+    yield pool()
+    close_pool()
