@@ -1,0 +1,88 @@
+"""The finished groups of one rollout: which are kept, which the dynamic filter dropped, and the counts of both."""
+
+import logging
+from argparse import Namespace
+from collections.abc import Callable
+from enum import Enum
+from typing import Any
+
+from slime.rollout.base_types import flatten_samples
+from slime.rollout.custom_generate import RETOKENIZED
+from slime.rollout.filter_hub.base_types import (
+    MetricGatherer,
+    call_dynamic_filter,
+    should_drop_dynamic_filter_output,
+)
+
+logger = logging.getLogger(__name__)
+
+_WARN_AFTER_DROPPING = 10  # times the groups that are needed
+
+
+class Outcome(Enum):
+    """What became of a finished group."""
+
+    KEPT = "kept"
+    DROPPED = "dropped"  # by the dynamic filter
+    SURPLUS = "surplus"  # the batch was full
+
+
+class Collection:
+    """Takes finished groups in until `--rollout-batch-size` are kept."""
+
+    def __init__(self, args: Namespace, rollout_id: int, dynamic_filter: Callable[..., Any] | None) -> None:
+        self.args, self.rollout_id, self.target = args, rollout_id, args.rollout_batch_size
+        self.dynamic_filter = dynamic_filter
+        self.kept: list[list[Any]] = []
+        self.finished: list[list[Any]] = []
+        self.drops = MetricGatherer()
+        self.num_dropped = 0
+
+    @property
+    def is_full(self) -> bool:
+        return len(self.kept) >= int(self.target)
+
+    def take(self, group: list[Any], remaining_batch_size: int) -> Outcome:
+        """Filter a finished group and keep it while there is room.
+
+        Args:
+            remaining_batch_size: groups kept or still in flight, this one included.
+        """
+        size = self.args.n_samples_per_prompt
+        assert len(group) == size, f"A group came back with {len(group)} members; --n-samples-per-prompt is {size}."
+        self.finished.append(group)
+        output = call_dynamic_filter(self.dynamic_filter, self.args, group)
+        if should_drop_dynamic_filter_output(
+            output, remaining_batch_size=remaining_batch_size, target_data_size=self.target
+        ):
+            self.drops.on_dynamic_filter_drop(output.reason)
+            self.num_dropped += 1
+            if self.num_dropped % (_WARN_AFTER_DROPPING * self.target) == 0:
+                logger.warning(
+                    "rollout %d: the dynamic filter has dropped %d groups and kept %d of the %d that are needed",
+                    self.rollout_id,
+                    self.num_dropped,
+                    len(self.kept),
+                    self.target,
+                )
+            return Outcome.DROPPED
+        if self.is_full:
+            return Outcome.SURPLUS
+        self.kept.append(group)
+        return Outcome.KEPT
+
+    def metrics(self) -> dict[str, Any]:
+        """Counts for the metrics of the rollout."""
+        metrics: dict[str, Any] = dict(self.drops.collect())
+        retokenized = sum(bool((sample.metadata or {}).get(RETOKENIZED)) for sample in flatten_samples(self.kept))
+        if retokenized:
+            metrics["rollout/retokenized"] = retokenized
+        return metrics
+
+
+def first_index(group: list[Any]) -> tuple[bool, int]:
+    """Sorts groups by the index of their first sample; those without one come first."""
+    first = group[0]
+    while isinstance(first, list):
+        first = first[0]
+    return first.index is not None, first.index or 0
