@@ -98,6 +98,11 @@ class ServerProcess:
         return None if self._process is None else self._process.poll()
 
     @property
+    def pid(self) -> int | None:
+        """Leader of the server's process group, or None before `start`."""
+        return None if self._process is None else self._process.pid
+
+    @property
     def is_running(self) -> bool:
         """Started and not ended."""
         return self._process is not None and self._process.poll() is None
@@ -129,12 +134,14 @@ class ServerProcess:
             time.sleep(min(_POLL_S, max(0.0, deadline - time.monotonic())))
 
     def terminate(self, timeout_s: float = 10.0) -> None:
-        """End it and everything it started: SIGTERM to its group, after `timeout_s` SIGKILL. Safe to call again."""
+        """End it and everything it started: SIGTERM, then SIGKILL to its group at its end or after `timeout_s`.
+
+        Safe to call again.
+        """
         process = self._process
         if process is None or self._owner_pid != os.getpid():
             return
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)
+        process.send_signal(signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout_s)
         # Also where the server itself ended in time: a child of its own may have outlived it.

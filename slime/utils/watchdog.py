@@ -5,12 +5,13 @@
 FD is the read end of a pipe whose only writer is the process that wants the server. The kernel closes that end when
 its owner ends in any way, SIGKILL included; the watchdog then kills the whole process group. A parent-death signal
 alone would not do: it follows the thread that forked, which may end long before its process, and it does not reach the
-server's own children. It is set on the watchdog's child all the same, so that nothing is left when the watchdog itself is killed.
+server's own children. The server gets one all the same, so that it does not survive the watchdog.
 
 Runs as a script, by its path, with the standard library only: it must start in milliseconds and import nothing of
 the package.
 """
 
+import contextlib
 import ctypes
 import os
 import resource
@@ -29,19 +30,20 @@ def main(arguments: list[str]) -> NoReturn:
     descriptor, separator, *command = arguments
     assert separator == "--" and command, f"usage: watchdog.py FD -- COMMAND, got {arguments}"
     owner_alive = int(descriptor)
-    # The owner's process group signals are for the command, which has its own handlers; the watchdog only waits.
     for ignored in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(ignored, signal.SIG_IGN)
     # preexec_fn is safe here: this process has one thread.
-    child = subprocess.Popen(command, preexec_fn=_prepare_child, close_fds=True)  # noqa: PLW1509
-    child_ended, wake_up = os.pipe()
-    os.set_blocking(wake_up, False)
-    signal.set_wakeup_fd(wake_up)
+    child = subprocess.Popen(command, preexec_fn=_prepare_child, close_fds=True)
+    # To the server alone: it ends its own children in order, and takes a child that ends by itself for a crash.
+    signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+    wake_up_reader, wake_up_writer = os.pipe()
+    os.set_blocking(wake_up_writer, False)
+    signal.set_wakeup_fd(wake_up_writer)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     while child.poll() is None:
-        readable, _, _ = select.select([owner_alive, child_ended], [], [], 1.0)
-        if child_ended in readable:
-            os.read(child_ended, 4096)
+        readable, _, _ = select.select([owner_alive, wake_up_reader], [], [], 1.0)
+        if wake_up_reader in readable:
+            os.read(wake_up_reader, 4096)
         if owner_alive in readable:
             _end_group(child)
     _exit_like(child.returncode)
@@ -56,12 +58,10 @@ def _prepare_child() -> None:
 
 
 def _end_group(child: "subprocess.Popen[bytes]") -> NoReturn:
-    """The owner is gone: ask the group to end, then kill it, this process included."""
-    os.killpg(0, signal.SIGTERM)
-    try:
+    """The owner is gone: ask the server to end, then kill the group, this process included."""
+    child.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
         child.wait(_GRACE_S)
-    except subprocess.TimeoutExpired:
-        pass
     os.killpg(0, signal.SIGKILL)
     raise AssertionError("unreachable: SIGKILL reached this process too")
 

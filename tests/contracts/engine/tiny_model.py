@@ -1,4 +1,4 @@
-"""Tiny random checkpoints with a real tokenizer, so that an engine under test starts in seconds and needs no download."""
+"""Tiny random checkpoints with a real tokenizer: an engine under test starts in seconds and needs no download."""
 
 from pathlib import Path
 from typing import Any

@@ -1,0 +1,95 @@
+"""The command line and environment of one SGLang server; nothing is started here."""
+
+import os
+import sys
+from argparse import Namespace
+
+from slime.backends.base import EngineSpec
+from slime.backends.sglang.pass_through import changed_flags, is_changed
+
+PYTHON_VARIABLE = "SLIME_SGLANG_PYTHON"
+"""Environment variable: the interpreter that has SGLang, where it is not this one (a CPU test environment, say)."""
+
+# Set by slime itself, from placement; a --sglang- flag cannot change them.
+_OURS = ("sglang_host", "sglang_device")
+
+# What stock SGLang needs to run without a GPU: attention and sampling in plain torch, nothing captured or compiled,
+# and a cache that leaves the machine's memory to the other processes.
+_CPU_DEFAULTS = {
+    "sglang_attention_backend": "torch_native",
+    "sglang_sampling_backend": "pytorch",
+    "sglang_grammar_backend": "none",
+    "sglang_cuda_graph_backend_decode": "disabled",
+    "sglang_cuda_graph_backend_prefill": "disabled",
+    "sglang_mem_fraction_static": "0.2",
+    "sglang_max_total_tokens": "20000",
+    "sglang_log_level_http": "warning",
+}
+
+# Of the trainer's process, not for a server: rendezvous, and an allocator setting that the memory saver refuses.
+_NOT_INHERITED = ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE", "PYTORCH_CUDA_ALLOC_CONF")
+
+
+def server_command(args: Namespace, spec: EngineSpec) -> tuple[list[str], dict[str, str]]:
+    """Command line and whole environment of the SGLang server that `spec` describes.
+
+    Values that slime knows come first (model, address, devices, seed, memory saver), then every `args.sglang_*` that
+    differs from SGLang's default.
+    """
+    argv = [os.environ.get(PYTHON_VARIABLE) or sys.executable, "-m", "sglang.launch_server"]
+    argv += _from_spec(args, spec)
+    argv += changed_flags(args, "sglang", without=_OURS)
+    defaults = _CPU_DEFAULTS if spec.device == "cpu" else _gpu_defaults(args)
+    if not is_changed(args, "sglang", "sglang_dtype"):
+        argv += ["--dtype", spec.dtype]
+    for dest, value in defaults.items():
+        if not is_changed(args, "sglang", dest):
+            argv += ["--" + dest.removeprefix("sglang_").replace("_", "-"), value]
+    return argv, _environment(spec)
+
+
+def _from_spec(args: Namespace, spec: EngineSpec) -> list[str]:
+    pp_size = int(getattr(args, "sglang_pp_size", None) or 1)
+    argv = [
+        "--model-path", spec.model_path,
+        "--trust-remote-code",
+        "--host", spec.host,
+        "--port", str(spec.port),
+        "--device", spec.device,
+        "--tp-size", str(spec.num_devices // pp_size),
+        "--random-seed", str(spec.seed),
+        "--skip-server-warmup",
+    ]  # fmt: skip
+    if spec.nccl_port:
+        argv += ["--nccl-port", str(spec.nccl_port)]
+    if not getattr(args, "sglang_enable_metrics", None):
+        argv += ["--enable-metrics"]
+    if getattr(args, "use_rollout_routing_replay", False):
+        argv += ["--enable-return-routed-experts"]
+    if spec.device == "cuda" and getattr(args, "offload_rollout", False):
+        argv += ["--enable-memory-saver"]
+        if is_changed(args, "sglang", "sglang_speculative_algorithm"):
+            argv += ["--enable-draft-weights-cpu-backup"]
+    return argv
+
+
+def _gpu_defaults(args: Namespace) -> dict[str, str]:
+    quiet = {"sglang_log_level_http": "warning"}
+    if not getattr(args, "offload_rollout", False):
+        return quiet
+    # Prefill graphs hold memory that the memory saver cannot release.
+    return {**quiet, "sglang_cuda_graph_backend_prefill": "disabled"}
+
+
+def _environment(spec: EngineSpec) -> dict[str, str]:
+    env = {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
+    if spec.device == "cpu":
+        env |= {
+            "SGLANG_USE_CPU_ENGINE": "1",
+            "OMP_NUM_THREADS": str(spec.threads),
+            "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads take the cores of the processes whose turn it is
+            "CUDA_VISIBLE_DEVICES": "",
+        }
+    else:
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, spec.device_ids))
+    return env
