@@ -127,10 +127,10 @@ class ContextParallel:
         pieces: list[Tensor] = []
         at = 0
         for start, end in response_ranges(total_length, response_length, self.rank, self.size):
-            if end > start:
-                pieces += [full[at:start], local[row : row + end - start]]
-                row += end - start
-                at = end
+            # an empty part joins too: every rank must take part in the backward pass
+            pieces += [full[at:start], local[row : row + end - start]]
+            row += end - start
+            at = max(at, end)
         pieces.append(full[at:])
         gathered: Tensor = _SumOverRanks.apply(torch.cat(pieces), self.group)  # type: ignore[no-untyped-call]
         return gathered
