@@ -15,7 +15,9 @@ from torch import Tensor
 
 INDEX_FILE = "model.safetensors.index.json"
 DEFAULT_SHARD_BYTES = 5_000_000_000
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".safetensors.index.json", ".bin.index.json")  # fmt: skip
+_WEIGHT_SUFFIXES = (
+    ".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".safetensors.index.json", ".bin.index.json",
+)  # fmt: skip
 _DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 
 
@@ -49,7 +51,8 @@ class HfReader:
 
     def tensor(self, name: str) -> Tensor:
         with safe_open(self._file(name), "pt") as opened:
-            return opened.get_tensor(name)
+            tensor: Tensor = opened.get_tensor(name)
+            return tensor
 
     def _file(self, name: str) -> Path:
         if name not in self._file_of:

@@ -1,4 +1,4 @@
-"""How one tensor of Megatron is made of tensors of HuggingFace and back, whole or sliced: arithmetic on ints and shapes.
+"""How one tensor of Megatron is made of tensors of HuggingFace and back, whole or sliced: arithmetic on shapes.
 
 A family is a table of entries; `Family` answers for any of Megatron's global names which HuggingFace tensors it holds.
 "Global" means that layers are counted over the whole model and that the tensor is not sliced.
@@ -19,10 +19,13 @@ from slime.models.shape import ModelShape
 class Layout(Protocol):
     """How HuggingFace tensors lie in one tensor of Megatron."""
 
-    dim: int | None
-    """The dimension that tensor parallelism slices; None: every rank holds the whole."""
-    stride: int
-    """Parts along `dim` that are each sliced for themselves."""
+    @property
+    def dim(self) -> int | None:
+        """The dimension that tensor parallelism slices; None: every rank holds the whole."""
+
+    @property
+    def stride(self) -> int:
+        """Parts along `dim` that are each sliced for themselves."""
 
     def join(self, parts: Sequence[Tensor], shape: ModelShape) -> Tensor:
         """HuggingFace's tensors to Megatron's."""
@@ -82,7 +85,7 @@ class QueryKeyValue:
     def split(self, whole: Tensor, shape: ModelShape) -> list[Tensor]:
         heads = shape.num_attention_heads // shape.num_query_groups
         by_group = whole.view(shape.num_query_groups, (heads + 2) * shape.head_dim, *whole.shape[1:])
-        parts = by_group.split([heads * shape.head_dim, shape.head_dim, shape.head_dim], 1)
+        parts = torch.split(by_group, [heads * shape.head_dim, shape.head_dim, shape.head_dim], 1)
         return [part.reshape(-1, *whole.shape[1:]) for part in parts]
 
     def hf_shapes(self, whole: Sequence[int], shape: ModelShape) -> list[tuple[int, ...]]:

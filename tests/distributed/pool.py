@@ -81,7 +81,7 @@ def _serve(connection: Connection, other_end: Connection) -> None:
     from slime.backends.megatron.accelerator import accelerator_for
 
     accelerator_for("cpu").install()
-    import slime.backends.megatron.trainer  # noqa: F401
+    import slime.backends.megatron.job  # noqa: F401
 
     with contextlib.suppress(EOFError):
         while True:

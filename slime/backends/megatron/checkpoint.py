@@ -1,4 +1,4 @@
-"""Megatron's distributed checkpoints: model, optimizer, learning-rate schedule and random state, loadable in any layout.
+"""Megatron's distributed checkpoints: model, optimizer, learning-rate schedule, random state; loadable in any layout.
 
 `{folder}/iter_0000012` appears by a rename when it is complete; `latest_checkpointed_iteration.txt` names the newest.
 """
@@ -57,8 +57,8 @@ def save(
     folder: str | Path,
     iteration: int,
     models: Sequence[torch.nn.Module],
-    optimizer: MegatronOptimizer | None,
-    scheduler: OptimizerParamScheduler | None,
+    optimizer: MegatronOptimizer | None = None,
+    scheduler: OptimizerParamScheduler | None = None,
 ) -> Path:
     """Write `{folder}/iter_{iteration:07d}`. Collective.
 
@@ -90,9 +90,8 @@ def load(
     folder: str | Path,
     iteration: int,
     models: Sequence[torch.nn.Module],
-    optimizer: MegatronOptimizer | None,
-    scheduler: OptimizerParamScheduler | None,
-    *,
+    optimizer: MegatronOptimizer | None = None,
+    scheduler: OptimizerParamScheduler | None = None,
     with_random_state: bool = True,
 ) -> None:
     """Read an iteration into the model and, where given, optimizer, schedule and random state. Collective.

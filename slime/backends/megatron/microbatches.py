@@ -16,7 +16,8 @@ from slime.data.schedule import shares_prompts
 
 BATCH_KEYS = (
     "tokens", "total_lengths", "response_lengths", "loss_masks", "log_probs", "ref_log_probs", "values", "advantages",
-    "returns", "rollout_log_probs", "teacher_log_probs", "rollout_mask_sums", "rollout_ids", "sample_indices",
+    "returns", "rollout_log_probs", "teacher_log_probs", "opd_reverse_kl", "rollout_mask_sums", "rollout_ids",
+    "sample_indices",
 )  # fmt: skip
 """What losses may ask of a micro-batch: lists with one entry a sample, None where the rollout does not have it."""
 
@@ -53,6 +54,8 @@ def local_rollout(shard: Mapping[str, Any]) -> dict[str, Any]:
     """The shard with this rank's own total lengths, as mutable lists that later passes add to."""
     data = dict(shard)
     data["total_lengths"] = [int(tokens.numel()) for tokens in data["tokens"]]
+    if len(data.get("raw_reward") or []) > max(data["partition"], default=-1):
+        data["local_raw_reward"] = [data["raw_reward"][i] for i in data["partition"]]
     data["response_lengths"] = [int(length) for length in data["response_lengths"]]
     return data
 

@@ -4,6 +4,7 @@ import os
 import random
 from argparse import Namespace
 from datetime import timedelta
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -11,6 +12,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from slime.backends.megatron.accelerator import Accelerator
+
+T = TypeVar("T")
 
 
 def initialize(
@@ -66,18 +69,25 @@ def close() -> None:
         dist.destroy_process_group()
 
 
-def data_parallel_rank() -> int:
-    return int(parallel_state.get_data_parallel_rank())
+def is_last_stage() -> bool:
+    """Whether this rank is in the last pipeline stage, where log-probs and losses are."""
+    return bool(parallel_state.is_pipeline_last_stage(ignore_virtual=True))
 
 
-def data_parallel_size() -> int:
-    return int(parallel_state.get_data_parallel_world_size())
+def from_last_stage(metrics: dict[str, float]) -> dict[str, float]:
+    """What the last pipeline stage has, on every stage."""
+    group = parallel_state.get_pipeline_model_parallel_group()
+    if group.size() == 1:
+        return metrics
+    box = [metrics]
+    dist.broadcast_object_list(box, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
+    return box[0]
 
 
-def sum_over_data_parallel(values: torch.Tensor) -> torch.Tensor:
-    """Sum in place over data- and context-parallel ranks of the last pipeline stage, then tell the other stages."""
-    dist.all_reduce(values, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
-    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-        group = parallel_state.get_pipeline_model_parallel_group()
-        dist.broadcast(values, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
-    return values
+def gather_over_data_parallel(mine: T) -> list[T]:
+    """Everyone's, of the data- and context-parallel ranks of this stage."""
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    everyones: list[T] = [mine] * group.size()
+    if group.size() > 1:
+        dist.all_gather_object(everyones, mine, group=group)
+    return everyones

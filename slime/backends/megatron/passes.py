@@ -13,14 +13,14 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from slime.algorithm.loss import LossFunction
+from slime.algorithm.metrics import micro_batch_record, reduce_train_step_metrics
 from slime.backends.megatron import parallel
 from slime.backends.megatron.head import DEFAULT_KEEP_BYTES, HeadOptions
 from slime.backends.megatron.microbatches import MicroBatch, Packer, TrainStep, in_sample_order
 from slime.backends.megatron.model import HeadOutput
 from slime.data.packing import split_by_sample
 from slime.losses.aggregation import count_trained_tokens, scale_for_megatron, sum_of_sample_mean
-
-LossFunction = Callable[..., tuple[Tensor, dict[str, Tensor]]]
 
 
 def head_options(args: Namespace, *, is_training: bool) -> HeadOptions:
@@ -70,7 +70,7 @@ def compute_log_probs(
             forward_only=True,
             collect_non_loss_data=True,
         )
-    if not parallel_state.is_pipeline_last_stage(ignore_virtual=True):
+    if not parallel.is_last_stage():
         return None
     ordered = in_sample_order(collected, micro_batches, len(data["tokens"]))
     names = ("log_probs", "entropy") if options.with_entropy else ("log_probs",)
@@ -100,7 +100,7 @@ def forward_backward(
 
     for model in models:
         model.train()
-    reduced = get_forward_backward_func()(
+    records = get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=_iterators(packer, data, step.micro_batches, len(models)),
         model=list(models),
@@ -109,7 +109,7 @@ def forward_backward(
         micro_batch_size=1,
         forward_only=False,
     )
-    return reduce_metrics(args, reduced, step)
+    return _step_metrics(args, records, step)
 
 
 def _iterators(packer: Packer, data: dict[str, Any], micro_batches: list[list[int]], num_stages: int) -> Any:
@@ -120,13 +120,15 @@ def _iterators(packer: Packer, data: dict[str, Any], micro_batches: list[list[in
 
 def _scaled_loss(
     args: Namespace, step: TrainStep, batch: MicroBatch, loss_function: LossFunction, output: HeadOutput
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """What Megatron's schedule asks for: loss to back-propagate, its divisor, and what to report."""
     per_token = bool(getattr(args, "calculate_per_token_loss", False))
     masks = batch.data["loss_masks"]
     reducer = sum_of_sample_mean(masks, batch.data["rollout_mask_sums"], calculate_per_token_loss=per_token)
     if output.logits is not None:
         loss, metrics = loss_function(args, batch.data, output.logits, reducer)
+        if not loss.requires_grad:  # every stage and rank goes backward, whatever a custom loss left out
+            loss = loss + 0 * output.logits.sum()
     else:
         loss, metrics = loss_function(args, batch.data, output.log_probs, output.entropy, reducer)
     num_tokens = count_trained_tokens(masks)
@@ -139,33 +141,18 @@ def _scaled_loss(
         cp_size=parallel_state.get_context_parallel_world_size(),
         num_tokens=num_tokens,
     )
-    report = {name: value.detach().float() for name, value in metrics.items()}
-    report[_NUM_TOKENS] = num_tokens.float()
-    return scaled.loss, scaled.normalizer, report
+    return scaled.loss, scaled.normalizer, micro_batch_record(metrics, num_tokens if per_token else 0)
 
 
-_NUM_TOKENS = "num_tokens"
-
-
-def reduce_metrics(args: Namespace, reports: Sequence[dict[str, Tensor]], step: TrainStep) -> dict[str, float]:
-    """Sums of all micro-batches of all ranks, over the number of rollouts (or of trained tokens).
-
-    Collective. The last pipeline stage has the reports; it tells the others their names and values.
-    """
-    names: list[Any] = sorted({name for report in reports for name in report} - {_NUM_TOKENS})
-    group = parallel_state.get_pipeline_model_parallel_group()
-    if group.size() > 1:
-        box = [names]
-        last = parallel_state.get_pipeline_model_parallel_last_rank()
-        torch.distributed.broadcast_object_list(box, src=last, group=group)
-        names = box[0]
-    device = torch.cuda.current_device()
-    sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=device)
-    for report in reports:
-        sums += torch.stack([report[name].to(device).double() for name in (*names, _NUM_TOKENS)])
-    parallel.sum_over_data_parallel(sums)
-    per_token = bool(getattr(args, "calculate_per_token_loss", False))
-    # every context-parallel rank counts the tokens of whole samples, but sums only its part of them
-    divisor = sums[-1] / parallel_state.get_context_parallel_world_size() if per_token else step.global_batch_size
-    means = (sums[:-1] / divisor).tolist()
-    return dict(zip(names, means, strict=True))
+def _step_metrics(args: Namespace, records: Sequence[dict[str, Any]], step: TrainStep) -> dict[str, float]:
+    """Means over the rollouts (or trained tokens) of the step. Collective; the last pipeline stage has the records."""
+    metrics: dict[str, float] = {}
+    if parallel.is_last_stage():
+        metrics = reduce_train_step_metrics(
+            records,
+            calculate_per_token_loss=bool(getattr(args, "calculate_per_token_loss", False)),
+            step_global_batch_size=step.global_batch_size,
+            cp_size=parallel_state.get_context_parallel_world_size(),
+            dp_with_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        )
+    return parallel.from_last_stage(metrics)

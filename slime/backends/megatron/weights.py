@@ -84,7 +84,7 @@ def all_names(family: Family, shape: ModelShape) -> list[str]:
     if not shape.has_qkv_bias:
         layer = [name for name in layer if not name.endswith("linear_qkv.bias")]
     if not shape.has_qk_norm:
-        layer = [name for name in layer if "_layernorm.weight" not in name or ".q_" not in name and ".k_" not in name]
+        layer = [name for name in layer if not name.endswith(("q_layernorm.weight", "k_layernorm.weight"))]
     names = [EMBEDDING]
     names += [name.replace("{layer}", str(i)) for i in range(shape.num_layers) for name in layer]
     names.append("decoder.final_layernorm.weight")

@@ -1,0 +1,144 @@
+"""Tiny random models and rollouts for training tests, made the same on every rank from a seed."""
+
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from slime.data.batch import split_train_data_by_dp
+
+VOCAB = 131
+
+
+def save_hf_model(folder: Path, model_type: str, *, seed: int = 0, **settings: Any) -> Path:
+    """A random HuggingFace model with weights large enough that every part of it shows in the logits."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    defaults: dict[str, Any] = dict(
+        vocab_size=VOCAB, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=6,
+        num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True,
+    )  # fmt: skip
+    if model_type == "qwen3":
+        defaults["head_dim"] = 12
+    config = AutoConfig.for_model(model_type, **(defaults | settings))
+    model = AutoModelForCausalLM.from_config(config).float()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator) * 0.15
+            parameter.copy_(1 + noise if "norm" in name else noise)
+    model.save_pretrained(folder)
+    (folder / "tokenizer_config.json").write_text("{}")
+    return folder
+
+
+def training_args(folder: Path, **changes: Any) -> Namespace:
+    """What a resolved command line gives the trainer, for fp32 GRPO in static micro-batches of two."""
+    values: dict[str, Any] = dict(
+        hf_checkpoint=str(folder), device="cpu", bf16=False, fp16=False, seed=7, load=None, save=None,
+        distributed_timeout_minutes=1, train_threads=1, use_distributed_optimizer=True,
+        optimizer="adam", lr=1e-2, min_lr=0.0, lr_decay_style="constant", lr_warmup_fraction=None, weight_decay=0.01,
+        adam_beta1=0.9, adam_beta2=0.999, adam_eps=1e-3, clip_grad=1.0,
+        num_rollout=4, rollout_batch_size=4, n_samples_per_prompt=2, global_batch_size=8, num_steps_per_rollout=1,
+        micro_batch_size=2, use_dynamic_batch_size=False, max_tokens_per_gpu=None, balance_data=False,
+        balance_by_flops=False, share_group_prompts=True,
+        loss_type="policy_loss", advantage_estimator="grpo", custom_loss_function_path=None,
+        custom_advantage_function_path=None, custom_pg_loss_reducer_function_path=None, custom_tis_function_path=None,
+        compute_advantages_and_returns=True, calculate_per_token_loss=False, rollout_temperature=1.0,
+        eps_clip=0.2, eps_clip_high=0.2, eps_clip_c=None, entropy_coef=0.0, kl_coef=0.0, use_kl_loss=False,
+        kl_loss_coef=0.0, kl_loss_type="k3", use_unbiased_kl=False, gamma=1.0, lambd=1.0, normalize_advantages=False,
+        use_rollout_logprobs=False, use_tis=False, get_mismatch_metrics=False, use_opsm=False, opsm_delta=1e-4,
+        use_opd=False, opd_kl_coef=1.0, use_critic=False, keep_old_actor=False, log_probs_chunk_size=-1,
+        use_rollout_entropy=False, only_train_params_name_list=None, freeze_params_name_list=None,
+    )  # fmt: skip
+    unknown = set(changes) - set(values) - _OTHERS
+    assert not unknown, f"misspelt: {unknown}"
+    return Namespace(**(values | changes))
+
+
+_OTHERS = {
+    "tensor_model_parallel_size", "pipeline_model_parallel_size", "sequence_parallel", "overlap_grad_reduce",
+    "overlap_param_gather", "ref_load", "ref_update_interval", "custom_megatron_before_train_step_hook_path",
+    "custom_megatron_before_log_prob_hook_path", "custom_megatron_init_path", "rollout_data_postprocess_path",
+    "check_for_nan_in_loss_and_grad", "finetune", "no_load_optim", "no_save_optim", "start_rollout_id",
+    "recompute_granularity", "recompute_method", "recompute_num_layers", "virtual_pipeline_model_parallel_size",
+    "batch_p2p_comm", "overlap_p2p_comm", "data_pad_size_multiplier", "no_load_rng",
+}  # fmt: skip
+
+
+def rollout(
+    *,
+    num_groups: int = 4,
+    samples_per_group: int = 2,
+    seed: int = 0,
+    response_lengths: Sequence[int] | None = None,
+    rollout_log_probs: bool = True,
+) -> dict[str, Any]:
+    """Train data of a rollout: groups with a common prompt, responses of unequal length, some tokens masked."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def integers(low: int, high: int, *shape: int) -> torch.Tensor:
+        return torch.randint(low, high, shape or (1,), generator=generator)
+
+    count = num_groups * samples_per_group
+    prompts = [integers(0, VOCAB, int(integers(3, 12))) for _ in range(num_groups)]
+    if response_lengths is None:
+        response_lengths = [int(integers(1, 14)) for _ in range(count)]
+    responses = [integers(0, VOCAB, length) for length in response_lengths]
+    masks = [(torch.rand(length, generator=generator) > 0.2).int().tolist() for length in response_lengths]
+    data: dict[str, Any] = {
+        "tokens": [torch.cat([prompts[i // samples_per_group], responses[i]]).tolist() for i in range(count)],
+        "response_lengths": list(response_lengths),
+        "rewards": torch.randn(count, generator=generator).tolist(),
+        "raw_reward": torch.rand(count, generator=generator).tolist(),
+        "truncated": [0] * count,
+        "sample_indices": list(range(count)),
+        "group_indices": [i // samples_per_group for i in range(count)],
+        "rollout_ids": list(range(count)),
+        "loss_masks": masks,
+        "rollout_mask_sums": [sum(mask) for mask in masks],
+    }
+    if rollout_log_probs:
+        noise = [torch.randn(length, generator=generator) * 0.1 - 5 for length in response_lengths]
+        data["rollout_log_probs"] = [values.tolist() for values in noise]
+    return data
+
+
+def train(args: Namespace, rank: int, world_size: int, port: int, rollouts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Build a trainer, train on the rollouts, and return metrics, the first gradient and the final weights."""
+    from slime.backends.megatron.trainer import MegatronTrainer
+
+    trainer = MegatronTrainer(args, rank, world_size, "127.0.0.1", port)
+    start = trainer.init()
+    metrics, gradient = [], {}
+    for i, data in enumerate(rollouts):
+        metrics.append(trainer.train(start + i, shard_of(trainer, data)))
+        if i == 0 and not args.use_distributed_optimizer:
+            gradient = gradients(trainer)
+    result = {"start": start, "metrics": metrics, "gradient": gradient, "weights": hf_weights(trainer)}
+    trainer.close()
+    return result
+
+
+def shard_of(trainer: Any, data: dict[str, Any]) -> dict[str, Any]:
+    shards = split_train_data_by_dp(trainer.args, data, trainer.parallel_config())
+    return shards[trainer.data_parallel_rank]
+
+
+def hf_weights(trainer: Any) -> dict[str, torch.Tensor]:
+    """Copies of all weights under HuggingFace names; on rank 0."""
+    return {name: tensor.clone() for bucket in trainer.weights().buckets(1 << 20) for name, tensor in bucket}
+
+
+def gradients(trainer: Any) -> dict[str, torch.Tensor]:
+    """Copies of the summed gradients after a step (clipping scales the optimizer's copy as well: keep clip_grad 0)."""
+    from slime.backends.megatron.model import global_parameters
+
+    return {name: parameter.main_grad.clone() for name, parameter in global_parameters(trainer.job.models)}
+
+
+def largest_difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
+    assert ours.keys() == theirs.keys() and ours
+    return max((ours[name].float() - theirs[name].float()).abs().max().item() for name in ours)
