@@ -1,0 +1,277 @@
+"""Which devices, engine and number format a run takes, and how many threads each process gets: pure arithmetic."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from slime.config.config import Config
+from slime.config.errors import ConfigError
+
+CPU_DEVICES_PER_CORE = 4
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A decision and the reason for it, which the plan shows."""
+
+    value: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Processes on devices.
+
+    `train_threads` are those of one trainer rank, `rollout_threads` those of one engine.
+    """
+
+    device: Literal["cpu", "cuda"]
+    actor_num_nodes: int
+    actor_num_gpus_per_node: int
+    rollout_num_gpus: int
+    rollout_num_gpus_per_engine: int
+    num_engines: int
+    colocate: bool
+    offload_train: bool
+    offload_rollout: bool
+    devices_needed: int
+    devices_available: int | None
+    """None when a Ray cluster that runs already decides it."""
+    cores: int
+    train_threads: int
+    rollout_threads: int
+
+    @property
+    def world_size(self) -> int:
+        """Trainer ranks."""
+        return self.actor_num_nodes * self.actor_num_gpus_per_node
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """The trainer's parallel sizes; their product over tensor, pipeline, context and data is the world size."""
+
+    tensor: int
+    pipeline: int
+    context: int
+    data: int
+    expert: int
+    virtual_pipeline: int | None
+
+
+def choose_device(config: Config) -> Choice:
+    """cuda where it is asked for or a GPU is found, else cpu."""
+    asked, num_gpus = config.cluster.device, config.machine.num_gpus
+    if asked != "auto":
+        return Choice(asked, f"--device {asked}")
+    if num_gpus:
+        return Choice("cuda", f"{num_gpus} NVIDIA GPU(s) found")
+    return Choice("cpu", "no NVIDIA GPU found")
+
+
+def choose_engine(config: Config, device: str) -> Choice:
+    """SGLang where a GPU and SGLang are, else the embedded engine; what is asked for comes first."""
+    asked = config.engine.rollout_engine
+    if config.is_external:
+        return Choice("sglang", "--rollout-external-engine-addrs")
+    if asked != "auto":
+        return Choice(asked, f"--rollout-engine {asked}")
+    if device == "cuda" and (config.machine.has_sglang or config.machine.joins_cluster):
+        return Choice("sglang", "a GPU and SGLang are there")
+    return Choice("embedded", "no GPU" if device == "cpu" else "the package sglang is not installed")
+
+
+def choose_dtype(config: Config, device: str) -> Choice:
+    """bf16, fp16 or fp32 for weights and activations; on a CPU bf16 only where it has the instructions."""
+    megatron, given = config.megatron, config.given
+    if megatron.get("fp16"):
+        return Choice("fp16", "--fp16")
+    if "bf16" in given and not megatron.get("bf16"):
+        return Choice("fp32", "--no-bf16")
+    if device == "cuda":
+        return Choice("bf16", "--bf16" if "bf16" in given else "GPU")
+    if config.machine.has_bf16:
+        return Choice("bf16", f"the CPU has {' and '.join(config.machine.cpu_instructions)}")
+    asked = "--bf16 was asked for, but " if megatron.get("bf16") else ""
+    return Choice("fp32", f"{asked}the CPU has neither avx512_bf16 nor amx_bf16")
+
+
+def place(config: Config, device: Choice, engine: Choice) -> Placement:
+    """Devices and threads of trainer and engines.
+
+    Raises:
+        ConfigError: the numbers do not go together, or the machine has too few devices (with both numbers).
+    """
+    cluster, debug = config.cluster, config.debug
+    per_node = cluster.actor_num_gpus_per_node
+    if device.value == "cpu" and "actor_num_gpus_per_node" not in config.given:
+        per_node = 1
+    nodes = cluster.actor_num_nodes
+    rollout = _rollout_devices(config, device.value, nodes * per_node)
+    if debug.debug_rollout_only and not config.is_external:
+        per_node = min(8, rollout)
+        nodes = rollout // per_node if per_node else 0
+    colocate = cluster.colocate and not debug.debug_rollout_only
+    num_engines = _num_engines(config, rollout)
+    train_threads, rollout_threads = _threads(config, engine.value, nodes * per_node, num_engines)
+    offload_train, offload_rollout = _offloads(config, colocate)
+    placement = Placement(
+        device="cuda" if device.value == "cuda" else "cpu",
+        actor_num_nodes=nodes,
+        actor_num_gpus_per_node=per_node,
+        rollout_num_gpus=rollout,
+        rollout_num_gpus_per_engine=cluster.rollout_num_gpus_per_engine,
+        num_engines=num_engines,
+        colocate=colocate,
+        offload_train=offload_train,
+        offload_rollout=offload_rollout,
+        devices_needed=_needed(config, nodes * per_node, rollout, colocate),
+        devices_available=_available(config, device.value),
+        cores=config.machine.cores,
+        train_threads=train_threads,
+        rollout_threads=rollout_threads,
+    )
+    _check_enough(config, placement)
+    return placement
+
+
+def _rollout_devices(config: Config, device: str, actor_devices: int) -> int:
+    given = config.cluster.rollout_num_gpus
+    if config.skips_engines:
+        return given or 0
+    if given is not None:
+        return given
+    if config.is_external:
+        return 0
+    if config.cluster.colocate or config.debug.debug_rollout_only:
+        return actor_devices
+    if device == "cpu":
+        return config.cluster.rollout_num_gpus_per_engine
+    raise ConfigError(
+        "--rollout-num-gpus is missing: say how many GPUs generate (e.g. --rollout-num-gpus 8), or let training and "
+        "generation take turns on the same ones with --colocate"
+    )
+
+
+def _num_engines(config: Config, rollout: int) -> int:
+    if config.is_external:
+        return len(config.rollout.rollout_external_engine_addrs or [])
+    size = config.cluster.rollout_num_gpus_per_engine
+    if config.skips_engines:
+        return 0
+    if rollout % size:
+        fits = f"{rollout - rollout % size} or {rollout + size - rollout % size}"
+        raise ConfigError(
+            f"--rollout-num-gpus {rollout} is not a multiple of --rollout-num-gpus-per-engine {size}; "
+            f"the nearest that are: {fits}"
+        )
+    return rollout // size
+
+
+def _threads(config: Config, engine: str, ranks: int, engines: int) -> tuple[int, int]:
+    """Cores shared out over the processes that compute at the same time; where phases take turns, each gets all.
+
+    The embedded engine decodes fastest with one thread, so it gets one.
+    """
+    cores = config.machine.cores
+    is_alone = config.loop == "sync" or engines == 0
+    rollout = 1 if engine == "embedded" else max(1, cores // max(1, engines) // (1 if is_alone else 2))
+    left = cores if is_alone else max(1, cores - engines * rollout)
+    return max(1, left // max(1, ranks)), rollout
+
+
+def _offloads(config: Config, colocate: bool) -> tuple[bool, bool]:
+    """Whether trainer and engines give up their memory for each other."""
+    cluster = config.cluster
+    if config.debug.debug_rollout_only:
+        return False, False
+    train = True if cluster.offload else cluster.offload_train
+    rollout = True if cluster.offload else cluster.offload_rollout
+    if colocate and config.train.release_train:
+        return False, True
+    if colocate:
+        train, rollout = train is not False, rollout is not False
+    if config.algorithm.advantage_estimator == "ppo":
+        train = True
+    return bool(train), bool(rollout) and not config.skips_engines
+
+
+def _needed(config: Config, actor: int, rollout: int, colocate: bool) -> int:
+    if config.skips_engines or config.is_external:
+        return actor
+    if config.debug.debug_rollout_only:
+        return rollout
+    return max(actor, rollout) if colocate else actor + rollout
+
+
+def _available(config: Config, device: str) -> int | None:
+    if config.machine.joins_cluster:
+        return None
+    if device == "cuda":
+        return config.machine.num_gpus
+    return config.cluster.cpu_devices or CPU_DEVICES_PER_CORE * config.machine.cores
+
+
+def _check_enough(config: Config, p: Placement) -> None:
+    if p.devices_available is None or p.devices_needed <= p.devices_available:
+        return
+    kind = "GPUs" if p.device == "cuda" else "CPU devices (--cpu-devices)"
+    share = "" if p.colocate else ", share devices with --colocate"
+    more = "give more with --cpu-devices" if p.device == "cpu" else "join a cluster with RAY_ADDRESS"
+    raise ConfigError(
+        f"this run needs {p.devices_needed} devices (training: --actor-num-nodes {p.actor_num_nodes} x "
+        f"--actor-num-gpus-per-node {p.actor_num_gpus_per_node}; generation: --rollout-num-gpus {p.rollout_num_gpus}"
+        f"{'; on the same devices' if p.colocate else ''}), but this machine has {p.devices_available} {kind}; "
+        f"ask for fewer{share}, or {more}"
+    )
+
+
+def share_ranks(config: Config, world_size: int, num_layers: int | None) -> Parallel:
+    """The trainer's parallel sizes.
+
+    Raises:
+        ConfigError: tensor x pipeline x context (or expert) parallel size does not divide the ranks.
+    """
+    megatron = config.megatron
+    tensor, pipeline, context, expert = (
+        megatron.get(f"{name}_parallel_size") or 1
+        for name in ("tensor_model", "pipeline_model", "context", "expert_model")
+    )
+    product = tensor * pipeline * context
+    if world_size % product:
+        raise ConfigError(
+            f"--tensor-model-parallel-size {tensor} x --pipeline-model-parallel-size {pipeline} x "
+            f"--context-parallel-size {context} = {product} does not divide the {world_size} trainer ranks "
+            f"(--actor-num-nodes x --actor-num-gpus-per-node); use {_next_multiple(world_size, product)} ranks or "
+            "smaller sizes"
+        )
+    expert_tensor = megatron.get("expert_tensor_parallel_size") or tensor
+    if world_size % (expert * expert_tensor * pipeline):
+        raise ConfigError(
+            f"--expert-model-parallel-size {expert} x --expert-tensor-parallel-size {expert_tensor} x "
+            f"--pipeline-model-parallel-size {pipeline} does not divide the {world_size} trainer ranks; "
+            "use smaller sizes or more ranks"
+        )
+    return Parallel(
+        tensor, pipeline, context, world_size // product, expert, _virtual_pipeline(config, pipeline, num_layers)
+    )
+
+
+def _virtual_pipeline(config: Config, pipeline: int, num_layers: int | None) -> int | None:
+    megatron = config.megatron
+    per_stage = megatron.get("num_layers_per_virtual_pipeline_stage")
+    if per_stage is None:
+        size = megatron.get("num_virtual_stages_per_pipeline_rank") or megatron.get(
+            "virtual_pipeline_model_parallel_size"
+        )
+        return size if pipeline > 1 else None
+    layers = (num_layers or 0) // pipeline
+    if pipeline == 1 or not layers or layers % per_stage:
+        raise ConfigError(
+            f"--num-layers-per-virtual-pipeline-stage {per_stage} does not divide the {layers} layers of each of "
+            f"{pipeline} pipeline stage(s); it needs a pipeline and a divisor of that"
+        )
+    return layers // int(per_stage)
+
+
+def _next_multiple(number: int, of: int) -> int:
+    return -(-number // of) * of

@@ -1,0 +1,16 @@
+"""Rules between flags: each looks at a `Config` and raises a `ConfigError`, or returns; none of them edits anything."""
+
+from collections.abc import Callable
+from typing import Any
+
+from slime.config.rules import algorithm, engines, parallel, ranges, required, weights
+
+RULES: tuple[Callable[[Any], None], ...] = (
+    *required.RULES,
+    *ranges.RULES,
+    *algorithm.RULES,
+    *engines.RULES,
+    *parallel.RULES,
+    *weights.RULES,
+)
+"""Every rule, in the order in which their errors are shown."""

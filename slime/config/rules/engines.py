@@ -1,0 +1,137 @@
+"""Rules of devices, engines and loops: what can run on this machine and next to each other."""
+
+import re
+from urllib.parse import urlsplit
+
+from slime.config.config import Config
+from slime.config.errors import ConfigError
+
+
+def device_exists(config: Config) -> None:
+    """--device cuda needs a GPU."""
+    if config.cluster.device == "cuda" and config.machine.num_gpus == 0 and not config.machine.joins_cluster:
+        raise ConfigError(
+            "--device cuda: no NVIDIA GPU was found on this machine (no /dev/nvidia0, no nvidia-smi) and no Ray "
+            "cluster runs; type --device cpu, or set RAY_ADDRESS to a cluster that has GPUs"
+        )
+
+
+def sglang_is_installed(config: Config) -> None:
+    """--rollout-engine sglang needs the package, unless the servers run elsewhere."""
+    needs_it = config.engine.rollout_engine == "sglang" and not config.is_external and not config.skips_engines
+    if needs_it and not config.machine.has_sglang and not config.machine.joins_cluster:
+        raise ConfigError(
+            "--rollout-engine sglang: the package sglang is not installed here; install it (pip install -e '.[gpu]'), "
+            "set SLIME_SGLANG_PYTHON to an interpreter that has it, or type --rollout-engine embedded"
+        )
+
+
+def asynchronous_does_not_colocate(config: Config) -> None:
+    """Phases that run at the same time cannot take turns on the same devices."""
+    if config.loop == "async" and config.cluster.colocate:
+        raise ConfigError(
+            "--colocate lets generation and training take turns, but train_async.py runs them together; "
+            "drop --colocate or use train.py"
+        )
+
+
+def debug_modes_exclude_each_other(config: Config) -> None:
+    """A run generates only or trains only."""
+    if config.debug.debug_rollout_only and config.skips_engines:
+        other = "--debug-train-only" if config.debug.debug_train_only else "--load-debug-rollout-data"
+        raise ConfigError(f"--debug-rollout-only and {other} together leave nothing to do; drop one of them")
+
+
+def dumps_do_not_overwrite_each_other(config: Config) -> None:
+    """Samples and training data go to different files."""
+    debug = config.debug
+    path = debug.save_debug_rollout_data
+    if path is not None and path == debug.save_debug_train_data:
+        raise ConfigError(
+            f"--save-debug-rollout-data and --save-debug-train-data both write to {path}; give two different paths"
+        )
+
+
+def pipeline_divides_the_engine(config: Config) -> None:
+    """An engine's devices are tensor parallel size x pipeline parallel size."""
+    size, pipeline = config.cluster.rollout_num_gpus_per_engine, config.sglang.get("sglang_pp_size") or 1
+    if pipeline > 1 and size % pipeline:
+        raise ConfigError(
+            f"--sglang-pp-size {pipeline} does not divide --rollout-num-gpus-per-engine {size}; "
+            f"use {max(d for d in range(1, pipeline + 1) if size % d == 0)}"
+        )
+
+
+def data_parallel_engines_have_attention(config: Config) -> None:
+    """SGLang's data parallelism inside an engine is that of its attention."""
+    size = config.sglang.get("sglang_dp_size") or 1
+    if size > 1 and not config.sglang.get("sglang_enable_dp_attention"):
+        raise ConfigError(f"--sglang-dp-size {size} needs --sglang-enable-dp-attention; add that flag")
+
+
+def one_way_to_describe_engines(config: Config) -> None:
+    """Engines are described by one of three flags."""
+    ways = {
+        "--prefill-num-servers": config.engine.prefill_num_servers is not None,
+        "--sglang-config": config.engine.sglang_config is not None,
+        "--rollout-external-engine-addrs": config.is_external,
+    }
+    used = [flag for flag, is_used in ways.items() if is_used]
+    if len(used) > 1:
+        raise ConfigError(f"{' and '.join(used)} each describe the engines; keep one of them")
+
+
+def addresses_are_addresses(config: Config) -> None:
+    """External engines are given as host:port."""
+    for address in config.rollout.rollout_external_engine_addrs or []:
+        try:
+            parts = urlsplit(address if "://" in address else f"http://{address}")
+            is_address = bool(parts.hostname and parts.port) and re.fullmatch(r"https?", parts.scheme) is not None
+        except ValueError:
+            is_address = False
+        if not is_address:
+            raise ConfigError(f"--rollout-external-engine-addrs {address}: is not host:port; type e.g. 127.0.0.1:30000")
+
+
+def router_address_is_complete(config: Config) -> None:
+    """A router is named by address and port."""
+    ip, port = config.engine.sglang_router_ip, config.engine.sglang_router_port
+    if ip is not None and port is None:
+        raise ConfigError(f"--sglang-router-ip {ip}: its port is missing; add --sglang-router-port 30000")
+
+
+def epochs_need_a_data_set(config: Config) -> None:
+    """An epoch is a pass over the data set."""
+    counts_epochs = config.batch.num_rollout is None and config.batch.num_epoch is not None
+    if counts_epochs and not config.data.rollout_global_dataset:
+        raise ConfigError(
+            f"--num-epoch {config.batch.num_epoch}: with --disable-rollout-global-dataset there is no data set to "
+            "pass over; type --num-rollout N"
+        )
+
+
+def flops_balance_needs_dynamic_batches(config: Config) -> None:
+    """Forward passes can only be formed by their work when their size is free."""
+    batch = config.batch
+    if batch.balance_by_flops and not batch.use_dynamic_batch_size:
+        raise ConfigError("--balance-by-flops forms the forward passes; add --use-dynamic-batch-size")
+    if batch.use_dynamic_batch_size and batch.max_tokens_per_gpu is None:
+        raise ConfigError(
+            "--use-dynamic-batch-size fills forward passes up to a number of tokens; add --max-tokens-per-gpu 9216"
+        )
+
+
+RULES = (
+    device_exists,
+    sglang_is_installed,
+    asynchronous_does_not_colocate,
+    debug_modes_exclude_each_other,
+    dumps_do_not_overwrite_each_other,
+    pipeline_divides_the_engine,
+    data_parallel_engines_have_attention,
+    one_way_to_describe_engines,
+    addresses_are_addresses,
+    router_address_is_complete,
+    epochs_need_a_data_set,
+    flops_balance_needs_dynamic_batches,
+)
