@@ -10,7 +10,7 @@ import socket
 import subprocess
 import weakref
 from argparse import Namespace
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,7 +91,7 @@ async def get(url: str, max_retries: int = 5, timeout_s: float | None = None) ->
 
 async def stream_post(
     url: str, payload: Any, headers: dict[str, str] | None = None, timeout_s: float | None = None
-) -> AsyncIterator[Any]:
+) -> AsyncGenerator[Any, None]:
     """POST and yield the JSON of each server-sent event (`data: {...}`) until `data: [DONE]`.
 
     Not retried: what was yielded cannot be taken back. Errors as in `post`.
