@@ -116,7 +116,7 @@ def _reinforce_plus_plus(
     """
     rewards = _whole_responses(data, kl, cp)
     for row, mask, reward in zip(rewards, data["loss_masks"], data["rewards"], strict=True):
-        row *= -args.kl_coef * mask
+        row *= -args.kl_coef * mask.to(row.device)
         trained = mask.nonzero()
         if trained.numel():
             row[trained[-1]] += float(reward)

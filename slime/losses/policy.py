@@ -26,8 +26,8 @@ def clipped_policy_loss(
         old_log_probs: [N] nats, under the policy that made the rollout.
         advantages: [N] in units of reward.
         clip_range: bounds of the importance ratio, e.g. (0.8, 1.2); unequal distances from 1 are DAPO's clip-higher
-            (arXiv:2503.14476, eq. 8).
-        dual_clip: c > 1 bounds the loss of a bad action at c * |advantage| (dual-clip PPO, arXiv:1912.09729, eq. 8).
+            (arXiv:2503.14476, section 3.1).
+        dual_clip: c > 1 bounds the loss of a bad action at c * |advantage| (dual-clip PPO, arXiv:1912.09729).
 
     Returns:
         loss [N], and is_clipped [N] bool: where the clipped term was the larger one.
@@ -50,7 +50,7 @@ def cispo_loss(
     log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, *, clip_range: tuple[float, float]
 ) -> tuple[Tensor, Tensor]:
     """CISPO: policy gradient weighted with the clipped ratio as a constant, so no token loses its gradient
-    (MiniMax-M1, arXiv:2506.13585, eq. 4 and 5).
+    (MiniMax-M1, arXiv:2506.13585, section 3.1).
 
     Args and returns as in `clipped_policy_loss`; is_clipped is where the clip changed the ratio. (A lower bound of 0 or
     less, `--eps-clip` of 1 or more, is the paper's own setting: it clips from above only.)
@@ -76,7 +76,7 @@ def gspo_log_ratios(
     """log s_i of GSPO's sequence ratio, repeated for each token of a sample (arXiv:2507.18071, eq. 7).
 
     s_i = exp(mean over trained tokens of (log_probs - old_log_probs)). `clipped_policy_loss` with this for the
-    log-probs and zeros for the old ones is GSPO's loss; its gradient flows through s_i to each trained token (eq. 10).
+    log-probs and zeros for the old ones is GSPO's loss; its gradient flows through s_i to each trained token.
 
     Args:
         log_probs: per sample [R_i], of the whole response.

@@ -9,7 +9,7 @@ Weigh = Callable[[Sequence[int]], float]
 def karmarkar_karp(seqlen_list: Sequence[float], k_partitions: int, equal_size: bool) -> list[list[int]]:
     """Largest differencing method: k partitions of positions whose sums are nearly equal.
 
-    Source: N. Karmarkar, R. Karp, "The Differencing Method of Set Partitioning" (UCB/CSD-83-113, 1982). Every candidate
+    Source: N. Karmarkar, R. Karp, "The Differencing Method of Set Partitioning" (UCB/CSD 82/113, 1982). Every candidate
     is a division of some items into k sets; the two with the largest spread are joined, heaviest set to lightest.
 
     Args:
@@ -89,7 +89,7 @@ def first_fit_pack(
         max_tokens: that a bin may hold.
         shared_keys: items with the same key share part of their tokens, which a bin counts once; such an item goes to
             the first bin that already holds its key and has room, before any other.
-        shared_lengths: how many of `lengths` are that part.
+        shared_lengths: how many of `lengths` are that part; an item with 0 brings nothing that others could share.
     """
     if (shared_keys is None) != (shared_lengths is None):
         raise ValueError("shared_keys and shared_lengths belong together: pass both or neither.")
@@ -114,7 +114,7 @@ def first_fit_pack(
             target = len(bins) - 1
         bins[target].append(i)
         sizes[target] += added
-        if shared_keys is not None:
+        if shared_keys is not None and shared_lengths is not None and shared_lengths[i] > 0:
             keys_of[target].add(shared_keys[i])
     return bins
 
