@@ -51,7 +51,7 @@ def parse_args(
     if {"--help", "-h", "--help-all"} & set(words):
         from slime.arguments.help_text import help_text
 
-        print(help_text(_program(), everything="--help-all" in words))
+        _print(help_text(_program(), everything="--help-all" in words))
         sys.exit(0)
     try:
         args = build_args(words, add_custom_arguments, loop=loop)
@@ -59,7 +59,7 @@ def parse_args(
         _stop(error)
     plan = args.plan
     if args.dry_run:
-        print(plan.as_text())
+        _print(plan.as_text())
         sys.exit(0)
     choices = f"{plan.device.value} ({plan.device.reason}), {plan.engine.value} engine ({plan.engine.reason})"
     print(f"{_program()}: {choices}, {plan.dtype.value} ({plan.dtype.reason})", file=sys.stderr)
@@ -95,7 +95,15 @@ def get_slime_extra_args_provider(
 
 def _program() -> str:
     name = os.path.basename(sys.argv[0]) if sys.argv else ""
-    return name if name.endswith(".py") else "train.py"
+    return name if name.endswith(".py") and not name.startswith("__") else "train.py"
+
+
+def _print(text: str) -> None:
+    """To stdout, for a reader that may stop early (`--help | head`)."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _stop(error: ConfigError) -> NoReturn:

@@ -207,7 +207,7 @@ def _available(config: Config, device: str) -> int | None:
     if config.machine.joins_cluster:
         return None
     if device == "cuda":
-        return config.machine.num_gpus
+        return config.machine.num_gpus or None  # none at all: a rule says so
     return config.cluster.cpu_devices or CPU_DEVICES_PER_CORE * config.machine.cores
 
 

@@ -49,8 +49,10 @@ class Problems:
 
 
 def did_you_mean(word: str, known: list[str] | tuple[str, ...] | set[str], limit: int = 3) -> str:
-    """` Did you mean a, b or c?` for the nearest known words, or an empty string."""
-    near = get_close_matches(word, sorted(known), n=limit, cutoff=0.6)
+    """` Did you mean a, b or c?` for known words that begin like it or are near it, or an empty string."""
+    begun = sorted((name for name in known if word and name.startswith(word)), key=len)
+    close = get_close_matches(word, sorted(known), n=limit, cutoff=0.6)
+    near = list(dict.fromkeys(begun + close))[:limit]
     if not near:
         return ""
     listed = near[0] if len(near) == 1 else f"{', '.join(near[:-1])} or {near[-1]}"

@@ -90,10 +90,12 @@ def numbers_are_in_range(config: Config) -> None:
 
 
 def templates_name_the_rollout(config: Config) -> None:
-    """A path that is written once a rollout must contain its number, or each file would overwrite the last."""
+    """A path that is written more than once must contain the rollout's number, or each file would overwrite the last."""
     problems = Problems()
     for path, (part, example) in TEMPLATES.items():
         value = _value(config, path)
+        if path == "checkpoint.save_hf" and config.checkpoint.save_interval is None:
+            continue  # exported once, after the last rollout
         if value is not None and part not in value:
             problems.add(
                 f"{_flag(path)} {value}: without {part} each rollout would overwrite the last; "
@@ -120,6 +122,15 @@ def lengths_fit_the_context(config: Config) -> None:
         )
 
 
+def oversampling_covers_a_batch(config: Config) -> None:
+    """Fewer prompts than a batch cannot fill it at once."""
+    size, batch = config.rollout.over_sampling_batch_size, config.batch.rollout_batch_size
+    if size is not None and batch is not None and size < batch:
+        raise ConfigError(
+            f"--over-sampling-batch-size {size} is less than --rollout-batch-size {batch}; it must be at least {batch}"
+        )
+
+
 def _value(config: Config, path: str) -> Any:
     group, name = path.split(".")
     return getattr(getattr(config, group), name)
@@ -129,4 +140,4 @@ def _flag(path: str) -> str:
     return "--" + path.split(".")[1].replace("_", "-")
 
 
-RULES = (numbers_are_in_range, templates_name_the_rollout, lengths_fit_the_context)
+RULES = (numbers_are_in_range, templates_name_the_rollout, lengths_fit_the_context, oversampling_covers_a_batch)
