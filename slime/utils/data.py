@@ -346,7 +346,7 @@ class Dataset:
         self.samples = samples
         self.seed = seed
         self.epoch_id = -1
-        self._num_drawn = 0
+        self.num_drawn = 0
 
     def shuffle(self, epoch_id: int) -> None:
         """Put the samples in the order of `epoch_id`: the same for the same seed and epoch, whatever came before."""
@@ -359,9 +359,9 @@ class Dataset:
 
     def sample(self, num_samples: int) -> list[Sample]:
         """The next `num_samples` prompts as copies, starting over at the end of the file."""
-        first = self._num_drawn
-        self._num_drawn += num_samples
-        return [deepcopy(self.samples[i % len(self)]) for i in range(first, self._num_drawn)]
+        first = self.num_drawn
+        self.num_drawn += num_samples
+        return [deepcopy(self.samples[i % len(self)]) for i in range(first, self.num_drawn)]
 
     def __getitem__(self, index: int) -> Sample:
         return self.samples[index]

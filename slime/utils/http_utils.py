@@ -1,4 +1,4 @@
-"""HTTP to routers, engines and reward services: one client an event loop, retries that cannot hide an error, a deadline on each request."""
+"""HTTP to routers, engines and reward services: retries that cannot hide an error, a deadline on each request."""
 
 import asyncio
 import contextlib

@@ -99,7 +99,7 @@ def test_loading_runs_no_code_from_the_file(args, tmp_path):
     path = tmp_path / "save" / "rollout" / "global_dataset_state_dict_0.pt"
     path.parent.mkdir(parents=True)
     torch.save({"metadata": Evil()}, path)
-    with pytest.raises(Exception, match="[Ww]eights"):
+    with pytest.raises(Exception, match=r"[Ww]eights"):
         RolloutDataSource(args).load(0)
     assert plugins.calls == []
 

@@ -12,7 +12,7 @@ PLUGINS = plugins.__name__
 
 
 def tasks(args, *configs):
-    args.eval_datasets = build_eval_dataset_configs(args, configs)
+    args.eval_datasets = build_eval_dataset_configs(args, list(configs))
     return args
 
 

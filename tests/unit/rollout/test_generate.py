@@ -164,7 +164,7 @@ async def test_hooks_run_in_order_before_the_reward_with_what_their_signature_ta
 
 async def test_a_hook_that_returns_something_else_is_an_error(engine, make_args):
     args = make_args(rollout_sample_hook_path=[f"{PLUGINS}.returns_a_number"])
-    with pytest.raises(TypeError, match="returns_a_number.*int"):
+    with pytest.raises(TypeError, match=r"returns_a_number.*int"):
         await one(args, Sample(prompt="hi"))
 
 

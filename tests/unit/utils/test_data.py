@@ -91,7 +91,7 @@ def test_a_bad_row_is_an_error_with_file_and_line(jsonl, bad, message):
 
 def test_a_bad_parquet_row_is_counted_over_all_row_groups(parquet):
     path = parquet([{"prompt": "a"}, {"prompt": "b"}, {"prompt": "c"}, {"prompt": ""}])
-    with pytest.raises(DataError, match="data.parquet, row 4: the prompt"):
+    with pytest.raises(DataError, match=r"data\.parquet, row 4: the prompt"):
         dataset(path)
 
 

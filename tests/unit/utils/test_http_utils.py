@@ -83,7 +83,7 @@ async def test_the_last_attempts_error_tells_how_many_there_were(serve):
         await post(URL, {}, max_retries=2)
     assert len(seen) == 3
     serve(lambda n, request: httpx.Response(503, text="no_available_workers"))
-    with pytest.raises(httpx.HTTPStatusError, match="503: no_available_workers.*2 attempts"):
+    with pytest.raises(httpx.HTTPStatusError, match=r"503: no_available_workers.*2 attempts"):
         await post(URL, {}, max_retries=1)
 
 
