@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from slime.data.packing import (
@@ -37,7 +37,7 @@ def samples(draw: st.DrawFn) -> tuple[list[torch.Tensor], list[int], list[int | 
     return tokens, lengths, groups
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(samples(), st.booleans(), st.integers(1, 9))
 def test_each_response_token_is_predicted_from_its_own_sequence(data, share_prompts: bool, multiple_of: int) -> None:
     tokens, lengths, groups = data
@@ -51,7 +51,7 @@ def test_each_response_token_is_predicted_from_its_own_sequence(data, share_prom
     assert n == batch.num_response_tokens == sum(lengths)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(samples(), st.booleans(), st.integers(1, 9))
 def test_segments_cover_the_row_and_prefixes_lie_before_their_responses(data, share_prompts, multiple_of) -> None:
     tokens, lengths, groups = data
@@ -70,7 +70,7 @@ def test_segments_cover_the_row_and_prefixes_lie_before_their_responses(data, sh
     assert next_row == batch.num_tokens == batch.cu_seqlens[-1]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(samples(), st.booleans())
 def test_the_predicted_cost_of_a_row_is_its_length_without_padding(data, share_prompts: bool) -> None:
     tokens, lengths, groups = data

@@ -13,7 +13,7 @@ from slime.data.schedule import SharedPrompts, build_dp_schedule, shares_prompts
 from slime.data.train_data import convert_samples_to_train_data
 
 ONE = {"dp_size": 1}
-FIXTURES_ARE_FACTORIES = [HealthCheck.function_scoped_fixture]
+FIXTURES_ARE_FACTORIES = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 
 
 def micro_batches(schedule) -> list[list[list[int]]]:

@@ -3,7 +3,7 @@
 import itertools
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from slime.utils.seqlen_balancing import (
@@ -31,7 +31,7 @@ def test_the_differencing_method_on_its_textbook_example() -> None:
     assert sorted(sums([4, 5, 6, 7, 8], karmarkar_karp([4, 5, 6, 7, 8], 2, equal_size=False))) == [14, 16]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(LENGTHS, st.integers(1, 8), st.sampled_from([karmarkar_karp, greedy_partition]))
 def test_every_item_is_in_exactly_one_partition(lengths: list[int], k: int, method) -> None:
     partitions = method(lengths, k, False)
@@ -39,7 +39,7 @@ def test_every_item_is_in_exactly_one_partition(lengths: list[int], k: int, meth
     assert items(partitions) == list(range(len(lengths)))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.integers(0, 1000), min_size=6, max_size=6), st.lists(st.integers(0, 1000), max_size=24))
 def test_equal_size_gives_every_partition_as_many_items(first: list[int], more: list[int]) -> None:
     lengths = first + more[: len(more) // 6 * 6]
@@ -50,7 +50,7 @@ def test_equal_size_gives_every_partition_as_many_items(first: list[int], more: 
         assert all(p == sorted(p) for p in partitions)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.integers(1, 1000), min_size=2, max_size=30), st.integers(2, 6))
 def test_the_heaviest_partition_is_at_most_one_item_over_the_mean(lengths: list[int], k: int) -> None:
     if len(lengths) >= k:
@@ -58,7 +58,7 @@ def test_the_heaviest_partition_is_at_most_one_item_over_the_mean(lengths: list[
         assert heaviest <= sum(lengths) / k + max(lengths)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(LENGTHS, st.integers(1, 30))
 def test_no_partition_stays_empty(lengths: list[int], k: int) -> None:
     if len(lengths) >= k:
@@ -95,7 +95,7 @@ def test_a_sample_goes_where_its_prompt_already_is() -> None:
         first_fit_pack([7], 8, shared_keys=[0])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20), st.integers(0, 3)), max_size=25), st.integers(1, 60))
 def test_bins_hold_at_most_the_cap_unless_one_item_exceeds_it(samples, cap: int) -> None:
     prompts = {key: max((p for p, _, k in samples if k == key), default=0) for key in range(4)}
@@ -114,7 +114,7 @@ def test_the_heaviest_bin_is_halved() -> None:
     assert expand_bins_by_splitting([[0, 1], [2, 3, 4]], [3, 3, 9, 5, 4], 3) == [[0, 1], [2], [3, 4]]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=20), st.integers(1, 20))
 def test_splitting_keeps_every_item_and_empties_no_bin(lengths: list[int], num_bins: int) -> None:
     if num_bins <= len(lengths):
@@ -135,6 +135,7 @@ def test_more_bins_than_items_is_refused() -> None:
         expand_bins_by_splitting([[0, 1]], [1, 1], 3)
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.permutations(list(range(8))))
 def test_the_reverse_index_undoes_a_permutation(order: list[int]) -> None:
     values = [f"v{i}" for i in range(8)]
