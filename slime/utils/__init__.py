@@ -1,1 +1,1 @@
-"""The floor of the house: samples, HTTP, event loops, function loading and prompt files; no Ray, no engine, no trainer."""
+"""The floor of the house: samples, HTTP, event loops, function loading, prompt files; no Ray, engine or trainer."""

@@ -1,4 +1,4 @@
-"""What an engine's `meta_info` says about the new tokens of a response: weight versions, top-p vocabularies, routed experts.
+"""What an engine's `meta_info` says of new response tokens: weight versions, top-p vocabularies, routed experts.
 
 Tensors are int32 on the CPU. Nothing here changes a sample: `changes` returns the attributes to set, so that a
 reply that does not fit raises before anything was touched.
@@ -66,10 +66,10 @@ def _top_p_changes(sample: "Sample", meta_info: dict[str, Any], num_new: int) ->
         padding = held_offsets[-1:].expand(num_new)
         return {"rollout_top_p_token_offsets": torch.cat([held_offsets, padding])}
     if len(offsets) != num_new + 1 or int(offsets[0]) != 0 or int(offsets[-1]) != len(ids):
+        seen = f"{len(offsets)}, from {int(offsets[0])} to {int(offsets[-1])}" if len(offsets) else "none"
         raise ValueError(
             f"The reply's top-p offsets do not fit: {num_new} new tokens need {num_new + 1} offsets from 0 to "
-            f"{len(ids)} (the number of ids); seen were {len(offsets)}, from {int(offsets[0]) if len(offsets) else '-'} "
-            f"to {int(offsets[-1]) if len(offsets) else '-'}."
+            f"{len(ids)} (the number of ids); seen were {seen}."
         )
     if held is None:
         if sample.response_length:
@@ -94,7 +94,7 @@ def _held_top_p(sample: "Sample") -> "tuple[Tensor, Tensor] | None":
     if len(offsets) != sample.response_length + 1 or int(offsets[-1]) != len(ids):
         raise ValueError(
             f"rollout_top_p_token_offsets has {len(offsets)} entries ending at {int(offsets[-1])}; a response of "
-            f"{sample.response_length} tokens with {len(ids)} top-p ids needs {sample.response_length + 1} ending there."
+            f"{sample.response_length} tokens with {len(ids)} ids needs {sample.response_length + 1} ending there."
         )
     return ids, offsets
 

@@ -68,7 +68,8 @@ def test_rollout_and_utils_import_neither_ray_nor_engine_nor_trainer():
 def test_a_sample_needs_no_torch():
     code = (
         "import sys\nfrom slime.utils.types import Sample\ns = Sample(prompt='p')\n"
-        "s.append_response_tokens(tokens=[1], log_probs=[-1.0], text='x', meta_info={'finish_reason': {'type': 'stop'}})\n"
+        "meta = {'finish_reason': {'type': 'stop'}}\n"
+        "s.append_response_tokens(tokens=[1], log_probs=[-1.0], text='x', meta_info=meta)\n"
         "s = Sample.from_dict(s.to_dict())\nprint('torch' in sys.modules, s.response)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -93,11 +93,11 @@ def test_helpers_take_the_arguments_that_plugins_pass():
 
 def test_a_sample_has_the_documented_fields_in_order():
     assert " ".join(field.name for field in fields(Sample)) == (
-        "group_index index rollout_id prompt tokens multimodal_inputs multimodal_train_inputs multimodal_train_input_id "
-        "apply_chat_template_kwargs response response_length label reward loss_mask weight_versions rollout_log_probs "
-        "rollout_top_p_token_ids rollout_top_p_token_offsets rollout_routed_experts remove_sample teacher_log_probs "
-        "status metadata generate_function_path custom_rm_path train_metadata session_id non_generation_time spec_info "
-        "prefix_cache_info"
+        "group_index index rollout_id prompt tokens multimodal_inputs multimodal_train_inputs "
+        "multimodal_train_input_id apply_chat_template_kwargs response response_length label reward loss_mask "
+        "weight_versions rollout_log_probs rollout_top_p_token_ids rollout_top_p_token_offsets "
+        "rollout_routed_experts remove_sample teacher_log_probs status metadata generate_function_path "
+        "custom_rm_path train_metadata session_id non_generation_time spec_info prefix_cache_info"
     )
     assert {status.name: status.value for status in Sample.Status} == {
         "PENDING": "pending",
