@@ -83,6 +83,8 @@ def _gpu_defaults(args: Namespace) -> dict[str, str]:
 
 def _environment(spec: EngineSpec) -> dict[str, str]:
     env = {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
+    # A plain /health generates a token, which a paused engine cannot do: it would answer 503 after 20 s.
+    env["SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"] = "false"
     if spec.device == "cpu":
         env |= {
             "SGLANG_USE_CPU_ENGINE": "1",

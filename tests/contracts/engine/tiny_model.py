@@ -12,6 +12,9 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+# All of ASCII that prints, and a few bytes that are letters only together: most of what a random model writes is
+# text, and now and then a letter is cut in two.
+ALPHABET = "".join(map(chr, range(32, 127))) + "\n" + "é€"
 TEXT_TO_LEARN_MERGES_FROM = [
     "Two and two make four, and four and four make eight.",
     "The engine answers a question, one token after another token, until it stops.",
@@ -23,12 +26,13 @@ TEXT_TO_LEARN_MERGES_FROM = [
 def save_tokenizer(folder: Path, vocab_size: int = 400) -> int:
     """Train a byte-level BPE on a few sentences, save it with a chat template, and return its size."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.pre_tokenizer = byte_level
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=SPECIAL_TOKENS,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        initial_alphabet=sorted({symbol for piece, _ in byte_level.pre_tokenize_str(ALPHABET) for symbol in piece}),
         show_progress=False,
     )
     tokenizer.train_from_iterator(TEXT_TO_LEARN_MERGES_FROM, trainer)
