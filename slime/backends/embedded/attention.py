@@ -1,7 +1,7 @@
 """The attention layer that transformers' model code calls: writes keys and values into the cache, reads them back.
 
-Letters: T tokens of the packed input, B sequences, Hq query heads, H key-value heads, D head size, P cached positions.
-The model runs on one packed row [1, T]; a `Batch` object says which token belongs to which sequence and does the attention.
+Letters: T tokens of the packed input, B sequences, Hq query heads, H key-value heads, D head size.
+The model runs on one packed row [1, T]; a `Batch` object knows which token belongs to which sequence and attends.
 """
 
 from dataclasses import dataclass, field

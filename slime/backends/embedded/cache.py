@@ -31,7 +31,8 @@ class SlotCache:
     """The key-value cache of one engine.
 
     Memory is a rectangle of rows x length, allocated on first use, grown to what the running sequences need and never
-    beyond `max_rows` x `max_length`. New memory is zeroed: a masked position is multiplied by 0, which must not meet NaN.
+    beyond `max_rows` x `max_length`. New memory is zeroed: a masked position is multiplied by 0, which must not meet
+    NaN.
     """
 
     def __init__(self, shapes: list[KVShape], max_rows: int, max_length: int, dtype: torch.dtype) -> None:

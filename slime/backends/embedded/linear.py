@@ -1,4 +1,4 @@
-"""Linear layers as the engine computes them: HuggingFace matrices stacked by rows, in the layout the CPU is fastest with.
+"""Linear layers as the engine computes them: HuggingFace matrices stacked by rows, in the CPU's fastest layout.
 
 Letters: N outputs, K inputs. A matrix is [N, K] as in `torch.nn.Linear`. Stacking q, k and v (or gate and up) makes one
 product of two or three; the parts are handed to the model's own code as if each had been computed by itself.

@@ -96,8 +96,8 @@ def _refuse_unserved(config: Any) -> None:
     kinds = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
     if kinds:
         raise ValueError(
-            f"This model has layers of type {', '.join(sorted(kinds))}; the embedded engine keeps only keys and values. "
-            "Serve it with --rollout-engine sglang."
+            f"This model has layers of type {', '.join(sorted(kinds))}; the embedded engine keeps only keys and "
+            "values. Serve it with --rollout-engine sglang."
         )
 
 
@@ -115,7 +115,9 @@ def _replace_layers(module: nn.Module, dtype: torch.dtype, is_tied: bool) -> Ser
             weight_names = [f"{path}.weight" for path in paths]
             if is_tied and linears == [head]:
                 weight_names = [_name_of(module, embedding.weight)]
-            bias_names = [f"{p}.bias" if linear.bias is not None else None for p, linear in zip(paths, linears)]
+            bias_names = [
+                f"{p}.bias" if linear.bias is not None else None for p, linear in zip(paths, linears, strict=True)
+            ]
             weights.add_linear(weight_names, bias_names, stacked)
             for index, child in enumerate(group):
                 setattr(parent, child, stacked if index == 0 else LinearPart(stacked, index))

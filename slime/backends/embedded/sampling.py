@@ -1,0 +1,219 @@
+"""From logits to tokens and log-probs, one row a sequence.
+
+Letters: B rows, V vocabulary. Log-probs are nats of the distribution after penalties, biases and temperature and before
+top-k, top-p and min-p, as SGLang reports them; a greedy row has temperature 1. Log-probs of prompt tokens take no
+temperature (`log_softmax` of the plain logits).
+
+A row's random number depends on its seed and on the position of the token it makes and on nothing else, so a reply does
+not change with what else runs or when a request came.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+BLOCK = 256
+"""The cumulative sum over the vocabulary is taken in blocks of this many tokens."""
+NUCLEUS = 1024
+"""Rows with top-k, top-p or min-p look at this many tokens first, and at all only if those are not enough."""
+MANY_TOKENS = 1 << 24
+"""A top-k from here on limits nothing."""
+MASK64 = (1 << 64) - 1
+
+
+def uniform(seed: int, position: int) -> float:
+    """A number in [0, 1) from a seed and a position: two rounds of SplitMix64 (Steele, Lea, Flood 2014)."""
+    state = (seed & MASK64) ^ 0x9E3779B97F4A7C15
+    for value in (position, 0x632BE59BD9B4E019):
+        state = (state + (value + 1) * 0x9E3779B97F4A7C15) & MASK64
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & MASK64
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & MASK64
+        state ^= state >> 31
+    return (state >> 11) * 2.0**-53
+
+
+@dataclass
+class SamplingRow:
+    """How one sequence wants its next token.
+
+    position is the index of the token that is made, counted from the start of the prompt. `output_counts` says how
+    often each token came in the output so far; it is read only when a penalty is set.
+    """
+
+    temperature: float
+    top_p: float
+    top_k: int
+    """At least the size of the vocabulary for no limit."""
+    min_p: float
+    seed: int
+    position: int
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    forbidden: tuple[int, ...] = ()
+    """Tokens that may not come now (stop tokens before min_new_tokens)."""
+    output_counts: Counter[int] = field(default_factory=Counter)
+    top_logprobs: int = 0
+    token_ids_logprob: tuple[int, ...] = ()
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether penalties, biases or forbidden tokens apply."""
+        return bool(
+            self.forbidden
+            or self.logit_bias
+            or self.frequency_penalty
+            or self.presence_penalty
+            or self.repetition_penalty != 1.0
+        )
+
+    @property
+    def is_truncated(self) -> bool:
+        """Whether top-k, top-p or min-p may leave tokens out."""
+        return self.top_p < 1.0 or self.top_k < MANY_TOKENS or self.min_p > 0.0
+
+
+@dataclass
+class Sampled:
+    """One token with what was asked about it; log-probs in nats."""
+
+    token: int
+    log_prob: float
+    top: list[tuple[float, int]] = field(default_factory=list)
+    chosen: list[tuple[float, int]] = field(default_factory=list)
+
+
+class Sampler:
+    """Samples one token a row; keeps its scratch memory between steps."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+        self.num_blocks = -(-vocab_size // BLOCK)
+        self._scratch = torch.empty(0, self.num_blocks * BLOCK)
+
+    def sample(self, logits: Tensor, rows: list[SamplingRow]) -> list[Sampled]:
+        """logits [B, V] of any float dtype -> one `Sampled` a row."""
+        x = self._prepare(logits, rows)
+        maxima = x.amax(-1)
+        wanted = [i for i, row in enumerate(rows) if row.top_logprobs or row.token_ids_logprob or row.is_truncated]
+        kept = {i: x[i].clone() for i in wanted}
+        tokens_greedy = x.argmax(-1) if any(row.temperature == 0 for row in rows) else None
+        p = x.sub_(maxima[:, None]).exp_()
+        block_sums = p.view(len(rows), self.num_blocks, BLOCK).sum(-1)
+        cumulative = block_sums.double().cumsum_(-1)
+        totals = cumulative[:, -1]
+        noise = torch.tensor([uniform(row.seed, row.position) for row in rows], dtype=torch.float64)
+        tokens = self._invert(p, block_sums, cumulative, noise * totals)
+        for i, row in enumerate(rows):
+            if row.temperature == 0:
+                tokens[i] = tokens_greedy[i]  # type: ignore[index]
+            elif row.is_truncated:
+                tokens[i] = _sample_truncated(p[i], float(totals[i]), row, float(noise[i]))
+        log_probs = (p.gather(1, tokens[:, None])[:, 0].double() / totals).log_()
+        floor = torch.finfo(torch.float32).min
+        out = []
+        for i, (token, log_prob) in enumerate(zip(tokens.tolist(), log_probs.clamp_(min=floor).tolist(), strict=True)):
+            sampled = Sampled(token, log_prob)
+            if i in kept:
+                row_log_probs = (kept[i] - maxima[i]).double() - totals[i].log()
+                _add_asked(sampled, row_log_probs, rows[i].top_logprobs, rows[i].token_ids_logprob)
+            out.append(sampled)
+        return out
+
+    def _prepare(self, logits: Tensor, rows: list[SamplingRow]) -> Tensor:
+        """[B, V padded to whole blocks] fp32, after penalties, biases and temperature; the padding is minus infinity."""
+        if self._scratch.shape[0] < len(rows):
+            self._scratch = torch.full((len(rows), self.num_blocks * BLOCK), float("-inf"))
+        x = self._scratch[: len(rows)]
+        x[:, : self.vocab_size] = logits[:, : self.vocab_size]
+        x[:, self.vocab_size :] = float("-inf")
+        for i, row in enumerate(rows):
+            if row.changes_logits:
+                _change_logits(x[i], row)
+        temperatures = [row.temperature or 1.0 for row in rows]
+        if any(t != 1.0 for t in temperatures):
+            x.div_(torch.tensor(temperatures)[:, None])
+        return x
+
+    def _invert(self, p: Tensor, block_sums: Tensor, cumulative: Tensor, mass: Tensor) -> Tensor:
+        """The token at which the cumulative sum of p [B, V] passes `mass` [B]."""
+        blocks = torch.searchsorted(cumulative, mass[:, None], right=True).clamp_(max=self.num_blocks - 1)
+        before = cumulative.gather(1, blocks) - block_sums.gather(1, blocks)
+        rows = torch.arange(p.shape[0])
+        inner = p.view(p.shape[0], self.num_blocks, BLOCK)[rows, blocks[:, 0]].double().cumsum_(-1)
+        offsets = torch.searchsorted(inner, mass[:, None] - before, right=True)[:, 0]
+        tokens = blocks[:, 0] * BLOCK + offsets.clamp_(max=BLOCK - 1)
+        # Rounding may point at a token without mass; take the likeliest one of its block then.
+        impossible = p[rows, tokens] <= 0
+        if impossible.any():
+            likeliest = p.view(p.shape[0], self.num_blocks, BLOCK)[rows, blocks[:, 0]].argmax(-1)
+            tokens = torch.where(impossible, blocks[:, 0] * BLOCK + likeliest, tokens)
+        return tokens
+
+
+def prompt_log_probs(
+    logits: Tensor, targets: list[int], top: int, token_ids: tuple[int, ...]
+) -> tuple[list[float], list[list[tuple[float, int]]], list[list[tuple[float, int]]]]:
+    """Log-probs of given tokens, without temperature.
+
+    logits [N, V], targets N -> (log-probs N, the `top` likeliest of each position, those of `token_ids`).
+    """
+    log_probs = torch.log_softmax(logits.float(), dim=-1)
+    values = log_probs.gather(1, torch.tensor(targets)[:, None])[:, 0].tolist()
+    tops, chosen = [], []
+    for row in log_probs:
+        sampled = Sampled(0, 0.0)
+        _add_asked(sampled, row, top, token_ids)
+        tops.append(sampled.top)
+        chosen.append(sampled.chosen)
+    return values, tops, chosen
+
+
+def _add_asked(sampled: Sampled, log_probs: Tensor, top: int, token_ids: tuple[int, ...]) -> None:
+    if top:
+        values, indices = log_probs.topk(min(top, log_probs.shape[0]))
+        sampled.top = list(zip(values.tolist(), indices.tolist(), strict=True))
+    if token_ids:
+        sampled.chosen = [(float(log_probs[token]), token) for token in token_ids]
+
+
+def _change_logits(x: Tensor, row: SamplingRow) -> None:
+    """Penalties over the output so far, biases, forbidden tokens; in place on x [V]."""
+    if row.repetition_penalty != 1.0 and row.output_counts:
+        seen = torch.tensor(list(row.output_counts))
+        values = x[seen]
+        x[seen] = torch.where(values > 0, values / row.repetition_penalty, values * row.repetition_penalty)
+    if (row.frequency_penalty or row.presence_penalty) and row.output_counts:
+        tokens = torch.tensor(list(row.output_counts))
+        counts = torch.tensor(list(row.output_counts.values()), dtype=x.dtype)
+        x[tokens] -= row.frequency_penalty * counts + row.presence_penalty
+    for token, bias in row.logit_bias.items():
+        x[token] += bias
+    if row.forbidden:
+        x[list(row.forbidden)] = float("-inf")
+
+
+def _sample_truncated(p: Tensor, total: float, row: SamplingRow, noise: float) -> int:
+    """Sample from what top-k, top-p and min-p leave of p [V] (unnormalized, summing to `total`).
+
+    Top-p keeps the smallest set of likeliest tokens whose mass reaches top_p; min-p keeps tokens at least min_p times as
+    likely as the likeliest.
+    """
+    for size in (min(NUCLEUS, p.shape[0]), p.shape[0]):
+        values, tokens = p.topk(size) if size < p.shape[0] else p.sort(descending=True)
+        values = values.double() / total
+        before = values.cumsum(-1) - values
+        if size == p.shape[0] or row.top_k <= size or float(before[-1]) > row.top_p:
+            break
+        if row.min_p > 0.0 and float(values[-1]) < row.min_p * float(values[0]):
+            break
+    keep = before <= row.top_p if row.top_p < 1.0 else torch.ones_like(before, dtype=torch.bool)
+    keep[row.top_k :] = False
+    if row.min_p > 0.0:
+        keep &= values >= row.min_p * values[0]
+    cumulative = (values * keep).cumsum(-1)
+    index = int(torch.searchsorted(cumulative, noise * cumulative[-1], right=True))
+    return int(tokens[min(index, int(keep.sum()) - 1)])
