@@ -33,20 +33,25 @@ from slime.backends.embedded.scheduler import (
 T = TypeVar("T")
 
 KV_MEMORY_SHARE = 0.3
-"""Largest part of the machine's memory that the key-value cache takes, if the caller does not say."""
+"""Largest part of the machine's memory that the key-value cache takes, if nobody says otherwise."""
 PAUSE_MODES = ("abort", "retract", "in_place")
 MEMORY_TAGS = ("weights", "kv_cache", "cuda_graph")
 
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """Limits of one engine. max_total_tokens: positions that the cache may hold, over all sequences."""
+    """Limits of one engine.
+
+    max_total_tokens: positions that the cache may hold, over all sequences; without it, what fits into
+    `kv_memory_share` of the machine's memory.
+    """
 
     max_running_requests: int = 64
     context_length: int = 2048
     max_total_tokens: int | None = None
     random_seed: int = 0
     threads: int = 1
+    kv_memory_share: float = KV_MEMORY_SHARE
 
 
 class Engine:
@@ -345,7 +350,7 @@ class Engine:
 
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         wanted = self.settings.max_running_requests * self.settings.context_length
-        return min(wanted, int(memory * KV_MEMORY_SHARE) // self.cache.bytes_per_position)
+        return min(wanted, int(memory * self.settings.kv_memory_share) // self.cache.bytes_per_position)
 
     def _has_room(self, rows: int, length: int) -> bool:
         return rows * length <= self.max_total_tokens

@@ -124,7 +124,7 @@ class Sampler:
         return out
 
     def _prepare(self, logits: Tensor, rows: list[SamplingRow]) -> Tensor:
-        """[B, V padded to whole blocks] fp32, after penalties, biases and temperature; the padding is minus infinity."""
+        """[B, V padded to whole blocks with minus infinity] fp32, after penalties, biases and temperature."""
         if self._scratch.shape[0] < len(rows):
             self._scratch = torch.full((len(rows), self.num_blocks * BLOCK), float("-inf"))
         x = self._scratch[: len(rows)]
@@ -199,8 +199,8 @@ def _change_logits(x: Tensor, row: SamplingRow) -> None:
 def _sample_truncated(p: Tensor, total: float, row: SamplingRow, noise: float) -> int:
     """Sample from what top-k, top-p and min-p leave of p [V] (unnormalized, summing to `total`).
 
-    Top-p keeps the smallest set of likeliest tokens whose mass reaches top_p; min-p keeps tokens at least min_p times as
-    likely as the likeliest.
+    Top-p keeps the smallest set of likeliest tokens whose mass reaches top_p; min-p keeps tokens at least min_p times
+    as likely as the likeliest.
     """
     for size in (min(NUCLEUS, p.shape[0]), p.shape[0]):
         values, tokens = p.topk(size) if size < p.shape[0] else p.sort(descending=True)

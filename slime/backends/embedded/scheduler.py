@@ -1,7 +1,7 @@
 """Who runs, who waits and in which row of the cache: bookkeeping without tensors.
 
-Running requests fill rows 0..B-1; when one leaves, the last takes its row. A prompt that several waiting requests share is
-computed once for all of them. Everything here runs on the engine's loop thread.
+Running requests fill rows 0..B-1; when one leaves, the last takes its row. A prompt that several waiting requests
+share is computed once for all of them. Everything here runs on the engine's loop thread.
 """
 
 import itertools

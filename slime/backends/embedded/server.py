@@ -26,7 +26,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from slime import __version__
 from slime.backends.embedded.control import Control
-from slime.backends.embedded.engine import Engine, EngineSettings
+from slime.backends.embedded.engine import KV_MEMORY_SHARE, Engine, EngineSettings
 from slime.backends.embedded.frontend import Frontend
 from slime.backends.embedded.openai import OpenAIRoutes
 from slime.backends.embedded.protocol import GenerateCall, GenerateItem, SamplingParams, parse_generate
@@ -261,7 +261,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--threads", type=int, default=1, help="CPU threads of the model loop")
     add("--weights-dir", help="the only folder that /update_weights_from_shared_memory reads from")
     add("--max-running-requests", type=int, default=64, help="sequences in one step")
-    add("--max-total-tokens", type=int, help="positions the key-value cache may hold; a third of the memory if absent")
+    add("--max-total-tokens", type=int, help="positions the key-value cache may hold; by --kv-memory-share if absent")
+    add("--kv-memory-share", type=float, default=KV_MEMORY_SHARE, help="largest part of the memory for that cache")
     add("--context-length", type=int, help="longest prompt plus reply; the model's own limit if absent")
     add("--random-seed", type=int, default=0, help="seeds the sampling of requests that bring no sampling_seed")
     add("--log-level", default="info", choices=("debug", "info", "warning", "error"))
@@ -339,6 +340,7 @@ async def serve(arguments: argparse.Namespace, parent: ParentWatch) -> None:
         max_total_tokens=arguments.max_total_tokens,
         random_seed=arguments.random_seed,
         threads=arguments.threads,
+        kv_memory_share=arguments.kv_memory_share,
     )
     engine = Engine(model, settings)
     codec = load_codec(arguments.model_path)

@@ -1,4 +1,4 @@
-"""Small pieces that every route uses: JSON in and out, errors as the stock server words them, noticing a client that left."""
+"""Small pieces that every route uses: JSON in and out, errors worded as by the stock server, clients that leave."""
 
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable

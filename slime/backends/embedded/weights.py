@@ -259,7 +259,8 @@ def load_folder(weights: ServedWeights, folder: str | Path, *, is_tied: bool) ->
     infos = []
     for file in checkpoint_files(folder):
         with safe_open(str(file), framework="pt") as reader:
-            for name in reader.keys():
+            names = reader.keys()
+            for name in names:
                 if name.endswith(IGNORED_SUFFIXES) or (is_tied and name == "lm_head.weight"):
                     continue
                 found[name] = file
@@ -272,8 +273,8 @@ def load_folder(weights: ServedWeights, folder: str | Path, *, is_tied: bool) ->
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for file in sorted(set(found.values())):
             with safe_open(str(file), framework="pt") as reader:
-                for name in reader.keys():
-                    if found.get(name) == file:
-                        yield name, reader.get_tensor(name)
+                names = [name for name in reader.keys() if found.get(name) == file]  # noqa: SIM118 (not a dict)
+                for name in names:
+                    yield name, reader.get_tensor(name)
 
     return weights.write(tensors())

@@ -1,0 +1,61 @@
+"""How slime starts an embedded engine: the command line and environment of one server process.
+
+Imports neither torch nor transformers, so that a plan can be shown without them.
+"""
+
+import sys
+from argparse import Namespace
+
+from slime.backends.base import EngineSpec
+
+KV_MEMORY_SHARE_ON_HOST = 0.3
+"""Largest part of a host's memory for the key-value caches of all its engines."""
+MAX_RUNNING_REQUESTS = 64
+PASSED_ON = {
+    "sglang_context_length": "--context-length",
+    "sglang_max_total_tokens": "--max-total-tokens",
+    "sglang_served_model_name": "--served-model-name",
+    "sglang_api_key": "--api-key",
+    "sglang_log_level": "--log-level",
+}
+"""SGLang's flags that mean the same here; others (attention backends, CUDA graphs, ...) have nothing to act on."""
+
+
+def server_command(args: Namespace, spec: EngineSpec) -> tuple[list[str], dict[str, str]]:
+    """(argv, environment additions) of the server process that `spec` describes.
+
+    args: slime's flat arguments; `sglang_*` values that mean something here are passed on, None means the default.
+    """
+    running = getattr(args, "sglang_max_running_requests", None) or MAX_RUNNING_REQUESTS
+    num_engines = max(1, int(getattr(args, "rollout_num_engines", None) or 1))
+    argv = [
+        sys.executable,
+        "-m",
+        "slime.backends.embedded.server",
+        *("--model-path", str(spec.model_path)),
+        *("--host", spec.host),
+        *("--port", str(spec.port)),
+        *("--dtype", spec.dtype),
+        *("--threads", str(spec.threads)),
+        *("--weights-dir", str(spec.weights_dir)),
+        *("--max-running-requests", str(running)),
+        *("--random-seed", str(spec.seed)),
+        *("--kv-memory-share", f"{KV_MEMORY_SHARE_ON_HOST / num_engines:.4f}"),
+    ]
+    for name, flag in PASSED_ON.items():
+        value = getattr(args, name, None)
+        if value is not None:
+            argv += [flag, str(value)]
+    threads = str(spec.threads)
+    # Waiting threads must sleep: spinning ones take the core from the process whose turn it is.
+    return argv, {
+        "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "KMP_BLOCKTIME": "0",
+        "GOMP_SPINCOUNT": "0",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
