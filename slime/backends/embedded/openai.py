@@ -34,6 +34,7 @@ SAME_NAME = (
 """Fields that mean the same in sampling_params."""
 MODEL_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 """Fields whose default comes from the model's generation_config.json."""
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 NOT_SERVED = ("tools", "response_format", "session_params", "return_hidden_states", "echo", "suffix")
 
 
@@ -108,8 +109,8 @@ class OpenAIRoutes:
         if not isinstance(messages, list) or not messages:
             raise openai_error("`messages` must be a list of at least one {'role', 'content'} object.")
         for message in messages:
-            if not isinstance(message, dict) or "role" not in message:
-                raise openai_error(f"Each message must be a {{'role', 'content'}} object, got {message!r}.")
+            if not isinstance(message, dict) or message.get("role") not in ROLES:
+                raise openai_error(f"Each message must be an object whose role is one of {ROLES}, got {message!r}.")
         codec = self.frontend.codec
         if codec is None or not codec.tokenizer.chat_template:
             raise openai_error(

@@ -332,7 +332,7 @@ def _prompts(body: dict[str, Any], vocab_size: int) -> tuple[list[str | None], l
     text, input_ids = body.get("text"), body.get("input_ids")
     if text is None and input_ids is None:
         raise RequestError("Either text, input_ids or input_embeds should be provided.")
-    if text is not None:
+    if input_ids is None:
         texts: list[str | None] = list(_strings(text))
         return texts, [None] * len(texts), isinstance(text, list)
     _check(input_ids, lambda v: isinstance(v, list), "a sequence of token ids or of lists of token ids")

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from slime.backends.embedded.scheduler import LogProbs, Request
-from slime.backends.embedded.text import Codec, TextStream, trimmed
+from slime.backends.embedded.text import Codec, TextStream, trimmed, without_beginning_stop
 
 
 @dataclass
@@ -29,7 +29,7 @@ class ReplyMaker:
                     self.codec, skip_special=params.skip_special_tokens, spaces=params.spaces_between_special_tokens
                 )
             self._stream.read(self.request.output, count)
-            text = self._stream.printable
+            text = without_beginning_stop(self._stream.printable, params.stop)
         meta = self._meta(count, None)
         self._stamp(meta)
         return self._reply(text, count, meta)

@@ -117,6 +117,8 @@ class Info:
                 "served_model_name": self.served_name,
                 "context_length": engine.settings.context_length,
                 "max_total_tokens": engine.max_total_tokens,
+                "max_total_num_tokens": engine.max_total_tokens,
+                "max_req_input_len": engine.settings.context_length - 1,
                 "device": "cpu",
                 "tp_size": 1,
                 "pp_size": 1,

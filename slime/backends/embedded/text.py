@@ -92,6 +92,15 @@ class StopFinder:
         return next((stop for stop in self.stops if stop in text), None)
 
 
+def without_beginning_stop(text: str, stops: tuple[str, ...]) -> str:
+    """A growing text without an end that may be the beginning of a stop string."""
+    longest = max((len(stop) for stop in stops), default=0)
+    for length in range(min(longest - 1, len(text)), 0, -1):
+        if any(stop.startswith(text[-length:]) for stop in stops):
+            return text[:-length]
+    return text
+
+
 def trimmed(text: str, matched: int | str | None, *, keeps_stop: bool) -> str:
     """A finished text without what comes after its stop string, and without the stop string unless it is kept."""
     if not isinstance(matched, str) or (start := text.find(matched)) < 0:
