@@ -25,4 +25,8 @@ def train(args: Namespace) -> None:
 
 
 if __name__ == "__main__":
-    train(parse_args())
+    parsed = parse_args()  # refuses a wrong command line before anything heavy is imported
+    from slime.ray.run import errors_in_words
+
+    with errors_in_words():
+        train(parsed)

@@ -5,14 +5,9 @@ import logging
 import os
 from argparse import Namespace
 
-from slime.config import ConfigError
-
-# On one machine every socket of Ray belongs on loopback; Ray reads this when it is imported.
-os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-# A device's owner decides what it sees; Ray must not blank the devices of actors that hold none.
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-
 import ray
+
+from slime.config import ConfigError
 
 logger = logging.getLogger(__name__)
 

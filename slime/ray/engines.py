@@ -101,18 +101,24 @@ class Engines:
         self._args = args
         self._weights_dir = shared_memory_folder()
         self._actors = [self._place(spec, devices) for spec in self._specs(devices)]
+        self._starting: dict[str, Any] = {}
         self._router: ServerProcess | None = None
+        self._router_url = ""
         self.records: list[EngineRecord] = []
 
-    def start(self) -> None:
-        """Start router and engines together, wait until all are healthy, and register them.
+    def launch(self) -> None:
+        """Start router and engines, all at once; `wait_until_ready` follows.
 
         Sets `args.sglang_router_ip` and `args.sglang_router_port`.
         """
-        calls = {f"engine {index}": actor.start.remote() for index, actor in enumerate(self._actors)}
-        router_url = self._start_router()
-        specs = wait_for(calls, "start", _START_TIMEOUT_S[self._args.rollout_engine])
+        self._starting = {f"engine {index}": actor.start.remote() for index, actor in enumerate(self._actors)}
+        self._router_url = self._start_router()
+
+    def wait_until_ready(self) -> None:
+        """Wait until all engines are healthy, and register them with the router."""
         timeout_s = _START_TIMEOUT_S[self._args.rollout_engine]
+        specs = wait_for(self._starting, "start", timeout_s)
+        router_url = self._router_url
         healthy = {
             spec.name: actor.wait_until_healthy.remote(timeout_s)
             for spec, actor in zip(specs, self._actors, strict=True)
@@ -128,6 +134,8 @@ class Engines:
             )
             for spec in specs
         ]
+        if self._router is not None:
+            self._router.wait_until_healthy(f"{router_url}/liveness", _ROUTER_TIMEOUT_S)
         router = RouterClient(router_url)
         for record in self.records:
             router.add_worker(record.url, timeout_s=_REGISTER_TIMEOUT_S)
@@ -218,7 +226,6 @@ class Engines:
         argv, env = router_command(args, host, port, free_port(host))
         self._router = ServerProcess("router", argv, env, Path(args.run_dir) / "logs" / "router.log")
         self._router.start()
-        self._router.wait_until_healthy(f"http://{host}:{port}/liveness", _ROUTER_TIMEOUT_S)
         args.sglang_router_ip, args.sglang_router_port = host, port
         args.sglang_model_routers = {"default": (host, port)}
         return f"http://{host}:{port}"

@@ -98,10 +98,8 @@ def create_rollout_manager(args: Namespace, devices: Devices) -> tuple[Any, int 
     Resolves `args.num_rollout` where only --num-epoch was given.
     """
     manager = RolloutManager.options(num_cpus=1, num_gpus=0, max_concurrency=4).remote(args, devices)
-    (num_rollout_per_epoch,) = wait_for(
-        {"the rollout manager": manager.get_num_rollout_per_epoch.remote()},
-        "start engines and load prompts",
-    )
+    wait_for({"the rollout manager": manager.start.remote()}, "start engines and load prompts")
+    num_rollout_per_epoch = ray.get(manager.get_num_rollout_per_epoch.remote())
     if args.num_rollout is None:
         args.num_rollout = args.num_epoch * num_rollout_per_epoch
         if args.num_rollout <= 0:

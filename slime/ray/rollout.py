@@ -33,16 +33,23 @@ class RolloutController:
         logging_utils.init_tracking(args, primary=False)
         self.args = args
         self._parallel_config: dict[str, int] = {}
+        self._devices = devices
         self._engines: Engines | None = None
-        if not args.debug_train_only:
-            self._engines = Engines(args, devices)
-            self._engines.start()
-            init_http_client(args)
-        self.data_source = load_function(args.data_source_path)(args)
-        self._generate_rollout = load_function(args.rollout_function_path)
-        self._eval_rollout = load_function(args.eval_function_path)
 
     # ---- what the driver asks ----
+
+    def start(self) -> None:
+        """Load hooks and prompts, then start engines and router. The cheap part fails first."""
+        args = self.args
+        self._generate_rollout = load_function(args.rollout_function_path)
+        self._eval_rollout = load_function(args.eval_function_path)
+        if not args.debug_train_only:
+            self._engines = Engines(args, self._devices)
+            self._engines.launch()
+        self.data_source = load_function(args.data_source_path)(args)
+        if self._engines is not None:
+            self._engines.wait_until_ready()
+            init_http_client(args)
 
     def get_num_rollout_per_epoch(self) -> int | None:
         if not self.args.rollout_global_dataset:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from typing import Any, Self
 
 import ray
 
+from slime.config import ConfigError
 from slime.observability import logging_utils
 from slime.observability.run_log import RunLog
 from slime.observability.timer import StepClock
@@ -19,11 +21,32 @@ from slime.ray.placement_group import (
     create_training_models,
 )
 from slime.ray.schedule import Schedule
-from slime.ray.waiting import wait_for
+from slime.ray.waiting import RemoteError, wait_for
+from slime.utils.processes import ServerError
+from slime.weight_sync.base import EngineError, WeightSyncError
 
 logger = logging.getLogger(__name__)
 
 _MANAGER = "the rollout manager"
+_IN_WORDS = (RemoteError, WeightSyncError, EngineError, ServerError, ConfigError)
+"""Errors whose message says what a person needs; their traceback would only hide it."""
+
+
+@contextmanager
+def errors_in_words() -> Iterator[None]:
+    """Turn an error that explains itself into a line on stderr and exit code 1 (130 for Ctrl-C).
+
+    Set SLIME_LOG_LEVEL=DEBUG to see the traceback.
+    """
+    try:
+        yield
+    except _IN_WORDS as error:
+        logger.debug("the run ended by an error", exc_info=True)
+        notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()))
+        raise SystemExit(f"train.py: error: {error}{notes}") from None
+    except KeyboardInterrupt:
+        print("train.py: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 class Run:
@@ -58,8 +81,7 @@ class Run:
         cluster.stop()
 
     def _start(self) -> None:
-        with self._clock.phase("setup"):
-            self._start_processes()
+        self._start_processes()
         self._connect()
 
     def _start_processes(self) -> None:
@@ -124,7 +146,7 @@ class Run:
         if self._actor is None:
             return
         with self._clock.phase("save"):
-            if self.args.save:
+            if self.args.save and self.args.save_interval:
                 self._actor.save_model(rollout_id)
                 if self.args.rollout_global_dataset:
                     self._ask("save", rollout_id, what="save the data position")
@@ -141,7 +163,7 @@ class Run:
         with self._clock.phase("onload"):
             if self.args.offload_rollout and self._actor.weight_version > 0:
                 self._ask("onload_weights", what="take the engines' memory back")
-        with self._clock.phase("update_weights"):
+        with self._clock.phase("sync"):
             self._metrics |= self._actor.update_weights()
         with self._clock.phase("onload"):
             if self.args.offload_rollout and self._actor.weight_version > 1:

@@ -14,6 +14,8 @@ class Schedule:
     """One past the last rollout."""
     eval_interval: int | None = None
     save_interval: int | None = None
+    exports: bool = False
+    """A HuggingFace folder is wanted, at least of the last rollout (--save-hf)."""
     sync_interval: int = 1
     rollouts_per_epoch: int | None = None
     skips_first_eval: bool = False
@@ -25,6 +27,7 @@ class Schedule:
             stop=args.num_rollout,
             eval_interval=args.eval_interval if args.eval_datasets else None,
             save_interval=args.save_interval,
+            exports=args.save_hf is not None,
             sync_interval=args.update_weights_interval,
             rollouts_per_epoch=rollouts_per_epoch,
             skips_first_eval=args.skip_eval_before_train,
@@ -43,9 +46,8 @@ class Schedule:
 
     def saves_after(self, rollout_id: int) -> bool:
         """The last rollout is always saved when saving is on."""
-        return self.save_interval is not None and (
-            rollout_id == self.stop - 1 or self._is_due(rollout_id, self.save_interval)
-        )
+        saves = self.exports or self.save_interval is not None
+        return saves and (rollout_id == self.stop - 1 or self._is_due(rollout_id, self.save_interval))
 
     def syncs_after(self, rollout_id: int) -> bool:
         """Engines get new weights at the interval, and before anything that reads them at the end."""

@@ -1,6 +1,7 @@
 """Weights over a process group beside the trainer's own, which rank 0 sends and engines receive: gloo or NCCL."""
 
 import datetime
+import itertools
 import socket
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
@@ -15,6 +16,8 @@ from torch.distributed.distributed_c10d import Backend, PrefixStore, _new_proces
 
 from slime.weight_sync.base import Bucket, EngineError, WeightEngine, WeightSyncError
 from slime.weight_sync.sync import on_each
+
+_group_numbers = itertools.count(1)  # torch refuses a name twice in a process, even after a join that failed
 
 
 class DistributedEngine(WeightEngine, Protocol):
@@ -56,7 +59,6 @@ class DistributedTransport:
         self._num_ranks, self._device, self._timeout_s = num_ranks, device, timeout_s
         self._engines: Sequence[DistributedEngine] = ()
         self._group: WeightGroup | None = None
-        self._num_groups = 0
         self._is_open = False
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="weight-broadcast")
 
@@ -64,7 +66,6 @@ class DistributedTransport:
         """Make a new group with these engines; the one before it, if any, is left first."""
         self._leave()
         self._engines = list(engines)
-        self._num_groups += 1
         offsets, world_size = {}, 1
         for engine in self._engines:
             offsets[engine.url] = world_size
@@ -73,7 +74,7 @@ class DistributedTransport:
             "master_address": self._master_address,
             "master_port": self._free_port(),
             "world_size": world_size,
-            "group_name": f"slime-weights-{self._num_groups}",
+            "group_name": f"slime-weights-{next(_group_numbers)}",
             "backend": self._backend,
         }
         # A trainer that was restarted meets engines which still know the group of its predecessor.
@@ -126,9 +127,9 @@ class DistributedTransport:
 
     def _together(self, ours: "Future[Any]", call: Callable[[Any], None], what: str) -> None:
         """Wait for our half and the engines'; the first error ends the wait, since the other half may never end."""
-        with_engines = ThreadPoolExecutor(1, thread_name_prefix="weight-engines")
-        theirs = with_engines.submit(on_each, self._engines, call)
-        done, running = wait([ours, theirs], timeout=self._timeout_s, return_when=FIRST_EXCEPTION)
+        with_engines = ThreadPoolExecutor(max(1, len(self._engines)), thread_name_prefix="weight-engines")
+        theirs = [with_engines.submit(call, engine) for engine in self._engines]
+        done, running = wait([ours, *theirs], timeout=self._timeout_s, return_when=FIRST_EXCEPTION)
         with_engines.shutdown(wait=False)
         failed = sorted((future for future in done if future.exception() is not None), key=lambda f: f is ours)
         if failed or running:

@@ -51,31 +51,21 @@ class SharedMemoryTransport:
         self._engines = engines
 
     def send(self, bucket: Bucket, version: str) -> None:
+        self._deliver(bucket, version, is_last=False)
+
+    def finish(self, version: str) -> None:
+        self._deliver([], version, is_last=True)
+        self._count = 0
+
+    def _deliver(self, bucket: Bucket, version: str, *, is_last: bool) -> None:
         path = self._folder / f"v{version}-b{self._count:04d}.bin"
         self._count += 1
         try:
-            manifest = {
-                "file": path.name, "tensors": write_bucket(path, bucket), "weight_version": version, "last": False
-            }  # fmt: skip
-            on_each(
-                self._engines,
-                lambda engine: engine.update_weights_from_shared_memory(manifest),
-            )
+            tensors = write_bucket(path, bucket)
+            manifest = {"file": path.name, "tensors": tensors, "weight_version": version, "last": is_last}
+            on_each(self._engines, lambda engine: engine.update_weights_from_shared_memory(manifest))
         finally:
             path.unlink(missing_ok=True)
-
-    def finish(self, version: str) -> None:
-        self._count = 0
-        manifest = {
-            "file": None,
-            "tensors": [],
-            "weight_version": version,
-            "last": True,
-        }
-        on_each(
-            self._engines,
-            lambda engine: engine.update_weights_from_shared_memory(manifest),
-        )
 
     def close(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
