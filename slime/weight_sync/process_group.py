@@ -1,10 +1,12 @@
 """Weights over a process group beside the trainer's own, which rank 0 sends and engines receive: gloo or NCCL."""
 
 import datetime
+import functools
 import itertools
 import socket
+import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from typing import Any, Protocol
 
 import torch.distributed as dist
@@ -60,7 +62,6 @@ class DistributedTransport:
         self._engines: Sequence[DistributedEngine] = ()
         self._group: WeightGroup | None = None
         self._is_open = False
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="weight-broadcast")
 
     def connect(self, engines: Sequence[DistributedEngine]) -> None:  # type: ignore[override]
         """Make a new group with these engines; the one before it, if any, is left first."""
@@ -79,7 +80,7 @@ class DistributedTransport:
         }
         # A trainer that was restarted meets engines which still know the group of its predecessor.
         on_each(self._engines, lambda engine: engine.destroy_weights_update_group(layout["group_name"]))
-        joining = self._pool.submit(join, **layout, timeout_s=self._timeout_s)
+        joining = _in_thread(lambda: join(**layout, timeout_s=self._timeout_s))
         self._together(
             joining,
             lambda engine: engine.init_weights_update_group(rank_offset=offsets[engine.url], **layout),
@@ -88,7 +89,8 @@ class DistributedTransport:
         self._group = joining.result()
 
     def send(self, bucket: Bucket, version: str) -> None:
-        assert self._group is not None, "connect() comes before send()"
+        group = self._group
+        assert group is not None, "connect() comes before send()"
         if not self._is_open:
             on_each(self._engines, lambda engine: engine.begin_weight_update())
             self._is_open = True
@@ -97,10 +99,10 @@ class DistributedTransport:
             "names": [name for name, _ in bucket],
             "dtypes": [str(tensor.dtype).removeprefix("torch.") for tensor in tensors],
             "shapes": [list(tensor.shape) for tensor in tensors],
-            "group_name": self._group.name,
+            "group_name": group.name,
         }
         self._together(
-            self._pool.submit(self._group.broadcast, tensors),
+            _in_thread(lambda: group.broadcast(tensors)),
             lambda engine: engine.update_weights_from_distributed(**request),
             f"the broadcast of {len(tensors)} tensors of version {version}",
         )
@@ -112,7 +114,6 @@ class DistributedTransport:
 
     def close(self) -> None:
         self._leave()
-        self._pool.shutdown(wait=False)
 
     def _leave(self) -> None:
         group, self._group, self._is_open = self._group, None, False
@@ -127,20 +128,30 @@ class DistributedTransport:
 
     def _together(self, ours: "Future[Any]", call: Callable[[Any], None], what: str) -> None:
         """Wait for our half and the engines'; the first error ends the wait, since the other half may never end."""
-        with_engines = ThreadPoolExecutor(max(1, len(self._engines)), thread_name_prefix="weight-engines")
-        theirs = [with_engines.submit(call, engine) for engine in self._engines]
+        theirs = [_in_thread(functools.partial(call, engine)) for engine in self._engines]
         done, running = wait([ours, *theirs], timeout=self._timeout_s, return_when=FIRST_EXCEPTION)
-        with_engines.shutdown(wait=False)
         failed = sorted((future for future in done if future.exception() is not None), key=lambda f: f is ours)
         if failed or running:
-            self._pool.shutdown(wait=False)  # its thread may hang in the half that failed
-            self._pool = ThreadPoolExecutor(1, thread_name_prefix="weight-broadcast")
             self._group = None
             names = ", ".join(f"{engine.name} ({engine.url})" for engine in self._engines)
             reason = failed[0].exception() if failed else f"not complete within {self._timeout_s:g} s"
             raise WeightSyncError(f"Weights over {self._backend}: {what} with {names} failed: {reason}") from (
                 failed[0].exception() if failed else None
             )
+
+
+def _in_thread(call: Callable[[], Any]) -> "Future[Any]":
+    """Run in a daemon thread: a half that waits for a dead engine must not keep this process from ending."""
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="weights", daemon=True).start()
+    return future
 
 
 class WeightGroup:

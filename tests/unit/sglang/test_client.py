@@ -1,0 +1,197 @@
+"""Every call to an engine is the right request, and every failure names the engine, the call and the reply."""
+
+import time
+
+import pytest
+
+from slime.backends.base import EngineClient
+from slime.backends.sglang.client import SGLangClient
+from slime.utils.processes import free_port
+from slime.weight_sync.base import EngineError
+
+OK = (200, {"success": True, "message": "ok"})
+
+
+@pytest.fixture
+def client(fake_engine):
+    client = SGLangClient(fake_engine.url, name="engine 7", timeout_s=2.0)
+    yield client
+    client.close()
+
+
+def test_it_is_what_the_framework_calls_an_engine_client(client):
+    assert isinstance(client, EngineClient)
+
+
+@pytest.mark.parametrize(
+    ("call", "path", "payload"),
+    [
+        (lambda c: c.pause(), "/pause_generation", {"mode": "abort"}),
+        (lambda c: c.pause("retract"), "/pause_generation", {"mode": "retract"}),
+        (lambda c: c.resume(), "/continue_generation", {}),
+        (lambda c: c.flush_cache(), "/flush_cache", None),
+        (lambda c: c.abort(), "/abort_request", {"abort_all": True}),
+        (lambda c: c.abort("r1"), "/abort_request", {"rid": "r1"}),
+        (lambda c: c.release_memory(), "/release_memory_occupation", {}),
+        (lambda c: c.release_memory(["kv_cache"]), "/release_memory_occupation", {"tags": ["kv_cache"]}),
+        (lambda c: c.resume_memory(("weights",)), "/resume_memory_occupation", {"tags": ["weights"]}),
+        (
+            lambda c: c.update_weights_from_disk("/w", "3"),
+            "/update_weights_from_disk",
+            {"model_path": "/w", "weight_version": "3"},
+        ),
+        (lambda c: c.update_weights_from_shared_memory({}), "/update_weights_from_shared_memory", {}),
+        (
+            lambda c: c.update_weights_from_distributed(
+                names=("a",), dtypes=("bfloat16",), shapes=((2, 3),), group_name="g", weight_version="3"
+            ),
+            "/update_weights_from_distributed",
+            {
+                "names": ["a"],
+                "dtypes": ["bfloat16"],
+                "shapes": [[2, 3]],
+                "group_name": "g",
+                "flush_cache": False,
+                "weight_version": "3",
+            },
+        ),
+        (
+            lambda c: c.set_weight_version("3"),
+            "/update_weight_version",
+            {"new_version": "3", "abort_all_requests": False},
+        ),
+        (lambda c: c.destroy_weights_update_group("g"), "/destroy_weights_update_group", {"group_name": "g"}),
+        (lambda c: c.begin_weight_update(), "/begin_weight_update", {}),
+        (lambda c: c.end_weight_update(), "/end_weight_update", {}),
+    ],
+)  # fmt: skip
+def test_a_call_is_one_post(fake_engine, client, call, path, payload):
+    fake_engine.replies[path] = OK
+    call(client)
+    assert fake_engine.asked == [("POST", path, payload)]
+
+
+def test_the_digests_of_one_rank_keep_their_names(fake_engine, client):
+    fake_engine.replies["/weights_checker"] = (200, {"success": True, "ranks": [{"checksums": {"w": "ab"}}]})
+    assert client.checksums() == {"w": "ab"}
+    assert fake_engine.asked[0][2] == {"action": "checksum"}
+
+
+def test_the_digests_of_several_ranks_are_told_apart(fake_engine, client):
+    ranks = [{"checksums": {"w": "ab"}}, {"checksums": {"w": "cd"}}]
+    fake_engine.replies["/weights_checker"] = (200, {"success": True, "ranks": ranks})
+    assert client.checksums() == {"tp0:w": "ab", "tp1:w": "cd"}
+
+
+def test_digests_that_are_not_there_are_an_error(fake_engine, client):
+    fake_engine.replies["/weights_checker"] = (200, {"success": True, "message": "Success."})
+    with pytest.raises(EngineError, match=r"engine 7 .*POST /weights_checker: 200 without ranks"):
+        client.checksums()
+
+
+def test_requests_are_counted_over_ranks(fake_engine, client):
+    ranks = [{"num_running_reqs": 2, "num_waiting_reqs": 1}, {"num_running_reqs": 0, "num_waiting_reqs": 4}]
+    fake_engine.replies["/v1/loads"] = (200, {"loads": ranks})
+    assert client.num_requests() == 7
+
+
+def test_the_version_is_what_model_info_says(fake_engine, client):
+    fake_engine.replies["/model_info"] = (200, {"weight_version": "12"})
+    assert client.weight_version() == "12"
+
+
+def test_a_refusal_names_engine_url_call_status_and_reply(fake_engine, client):
+    fake_engine.replies["/update_weights_from_disk"] = (400, {"success": False, "message": "no such folder"})
+    with pytest.raises(EngineError) as caught:
+        client.update_weights_from_disk("/nowhere", "3")
+    for words in ("engine 7", fake_engine.url, "POST /update_weights_from_disk", "400", "no such folder"):
+        assert words in str(caught.value)
+
+
+def test_success_false_is_an_error_even_with_status_200(fake_engine, client):
+    fake_engine.replies["/update_weight_version"] = (200, {"success": False, "message": "busy"})
+    with pytest.raises(EngineError, match="busy"):
+        client.set_weight_version("3")
+
+
+def test_a_reply_that_is_no_json_is_an_error(fake_engine, client):
+    fake_engine.replies["/model_info"] = (200, "<html>")
+    with pytest.raises(EngineError, match="not JSON"):
+        client.weight_version()
+
+
+def test_silence_is_an_error_after_the_timeout(fake_engine):
+    fake_engine.delay_s = 30.0
+    client = SGLangClient(fake_engine.url, name="engine 7", timeout_s=0.3)
+    started = time.monotonic()
+    with pytest.raises(EngineError, match=r"engine 7 .*POST /continue_generation: no answer within 0\.\d s"):
+        client.resume()
+    assert time.monotonic() - started < 10
+
+
+def test_nobody_listening_is_an_error_but_only_means_unhealthy():
+    client = SGLangClient(f"http://127.0.0.1:{free_port()}", name="engine 7", timeout_s=2.0)
+    assert client.health() is False
+    with pytest.raises(EngineError, match=r"engine 7 .*no connection"):
+        client.server_info()
+
+
+def test_health_is_the_status_of_the_health_page(fake_engine, client):
+    fake_engine.replies["/health"] = [(503, ""), (200, "")]
+    assert [client.health(), client.health()] == [False, True]
+
+
+def test_a_flush_is_asked_again_while_aborted_requests_are_cleared(fake_engine, client):
+    fake_engine.replies["/flush_cache"] = [
+        (400, "Flush cache failed."),
+        (400, "Flush cache failed."),
+        (200, "Cache flushed."),
+    ]
+    client.flush_cache()
+    assert len(fake_engine.asked) == 3
+
+
+def test_a_flush_that_never_succeeds_is_an_error(fake_engine):
+    fake_engine.replies["/flush_cache"] = (400, "Flush cache failed.")
+    with pytest.raises(EngineError, match=r"POST /flush_cache: 400 Flush cache failed"):
+        SGLangClient(fake_engine.url, name="engine 7", timeout_s=0.5).flush_cache()
+
+
+def test_a_group_that_is_not_there_is_left_already(fake_engine, client):
+    reply = {"success": False, "message": "The group to be destroyed does not exist."}
+    fake_engine.replies["/destroy_weights_update_group"] = [(400, reply), (400, {"success": False, "message": "stuck"})]
+    client.destroy_weights_update_group("g")
+    with pytest.raises(EngineError, match="stuck"):
+        client.destroy_weights_update_group("g")
+
+
+def test_an_engine_without_weight_sessions_needs_none(client):
+    client.begin_weight_update()
+    client.end_weight_update()
+
+
+def test_a_session_left_open_by_a_failed_sync_is_closed_first(fake_engine, client):
+    open_already = (
+        400,
+        {"success": False, "message": "a weight-update session is already open; call end_weight_update()"},
+    )
+    fake_engine.replies |= {"/begin_weight_update": [open_already, OK], "/end_weight_update": OK}
+    client.begin_weight_update()
+    assert [path for _, path, _ in fake_engine.asked] == [
+        "/begin_weight_update",
+        "/end_weight_update",
+        "/begin_weight_update",
+    ]
+
+
+def test_the_api_key_is_a_bearer_token(fake_engine):
+    fake_engine.replies["/continue_generation"] = OK
+    SGLangClient(fake_engine.url, name="engine 7", api_key="secret").resume()
+    assert fake_engine.headers[0]["authorization"] == "Bearer secret"
+
+
+def test_a_proxy_of_the_environment_is_not_used(fake_engine, monkeypatch):
+    monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{free_port()}")
+    fake_engine.replies["/continue_generation"] = OK
+    SGLangClient(fake_engine.url, name="engine 7").resume()
+    assert len(fake_engine.asked) == 1

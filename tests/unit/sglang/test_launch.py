@@ -1,0 +1,139 @@
+"""The command line of an SGLang server says what placement decided and what the user changed, and nothing else."""
+
+import json
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+from slime.backends.base import EngineSpec
+from slime.backends.sglang.launch import PYTHON_VARIABLE, server_command
+
+
+def spec(**changes) -> EngineSpec:
+    values = dict(
+        index=2, host="127.0.0.1", port=15000, num_devices=1, device="cpu", device_ids=(), model_path="/models/m",
+        dtype="bfloat16", threads=3, log_path=Path("/tmp/log"), weights_dir=Path("/tmp/w"), seed=44, nccl_port=15001,
+    )  # fmt: skip
+    return EngineSpec(**{**values, **changes})
+
+
+def options(argv: list[str]) -> dict[str, str | list[str] | None]:
+    """Flag -> its value, list of values, or None for a switch."""
+    assert argv[1:3] == ["-m", "sglang.launch_server"]
+    found: dict[str, list[str]] = {}
+    for word in argv[3:]:
+        if word.startswith("--"):
+            assert word not in found, f"{word} is given twice"
+            found[word] = []
+        else:
+            found[list(found)[-1]].append(word)
+    return {flag: None if not v else v[0] if len(v) == 1 else v for flag, v in found.items()}
+
+
+@pytest.fixture(autouse=True)
+def no_interpreter_in_the_environment(monkeypatch):
+    monkeypatch.delenv(PYTHON_VARIABLE, raising=False)
+
+
+def test_placement_decides_model_address_devices_and_seed():
+    argv, _ = server_command(Namespace(), spec())
+    given = options(argv)
+    assert argv[0] == sys.executable
+    expected = {
+        "--model-path": "/models/m", "--host": "127.0.0.1", "--port": "15000", "--nccl-port": "15001",
+        "--tp-size": "1", "--random-seed": "44", "--dtype": "bfloat16", "--device": "cpu",
+        "--skip-server-warmup": None, "--enable-metrics": None,
+    }  # fmt: skip
+    assert expected.items() <= given.items()
+
+
+def test_on_a_cpu_nothing_that_needs_a_gpu_is_asked_for():
+    argv, env = server_command(Namespace(), spec())
+    given = options(argv)
+    assert given["--attention-backend"] == "torch_native"
+    assert given["--sampling-backend"] == "pytorch"
+    assert given["--cuda-graph-backend-decode"] == given["--cuda-graph-backend-prefill"] == "disabled"
+    assert env["SGLANG_USE_CPU_ENGINE"] == "1"
+    assert env["OMP_NUM_THREADS"] == "3"
+    assert env["CUDA_VISIBLE_DEVICES"] == ""
+
+
+def test_on_gpus_the_server_sees_its_devices_only():
+    argv, env = server_command(Namespace(), spec(device="cuda", num_devices=2, device_ids=(4, 5)))
+    given = options(argv)
+    assert env["CUDA_VISIBLE_DEVICES"] == "4,5"
+    assert given["--tp-size"] == "2"
+    assert "--attention-backend" not in given and "--enable-memory-saver" not in given
+
+
+def test_pipeline_stages_share_an_engines_devices_with_tensor_ranks():
+    args = Namespace(sglang_pp_size=2)
+    given = options(server_command(args, spec(device="cuda", num_devices=8, device_ids=tuple(range(8))))[0])
+    assert (given["--tp-size"], given["--pp-size"]) == ("4", "2")
+
+
+def test_memory_that_is_to_be_released_is_saved_and_not_captured_in_prefill_graphs():
+    args = Namespace(offload_rollout=True)
+    given = options(server_command(args, spec(device="cuda", device_ids=(0,)))[0])
+    assert "--enable-memory-saver" in given
+    assert given["--cuda-graph-backend-prefill"] == "disabled"
+    assert "--enable-memory-saver" not in options(server_command(args, spec())[0])
+
+
+def test_changed_sglang_flags_are_passed_through_and_defaults_are_not():
+    args = Namespace(
+        sglang_mem_fraction_static=0.4,
+        sglang_enable_deterministic_inference=True,
+        sglang_context_length=4096,
+        sglang_cuda_graph_bs_decode=[1, 2, 4],
+        sglang_log_level="info",  # SGLang's default
+        sglang_max_total_tokens=None,
+        sglang_enable_tf32_matmul=False,
+    )
+    given = options(server_command(args, spec())[0])
+    assert given["--mem-fraction-static"] == "0.4"
+    assert given["--enable-deterministic-inference"] is None
+    assert given["--context-length"] == "4096"
+    assert given["--cuda-graph-bs-decode"] == ["1", "2", "4"]
+    assert given["--no-enable-tf32-matmul"] is None
+    assert given["--max-total-tokens"] == "20000"
+    assert "--log-level" not in given
+
+
+def test_the_user_may_choose_another_dtype_and_cpu_setting_but_not_another_address():
+    args = Namespace(sglang_dtype="float32", sglang_max_total_tokens=500, sglang_host="0.0.0.0", sglang_device="cuda")
+    given = options(server_command(args, spec())[0])
+    assert given["--dtype"] == "float32"
+    assert given["--max-total-tokens"] == "500"
+    assert (given["--host"], given["--device"]) == ("127.0.0.1", "cpu")
+
+
+def test_metrics_asked_for_by_hand_are_not_asked_for_twice():
+    assert "--enable-metrics" in options(server_command(Namespace(sglang_enable_metrics=True), spec())[0])
+
+
+def test_a_json_value_is_written_as_json():
+    args = Namespace(sglang_cuda_graph_config={"decode": {"backend": "disabled"}})
+    given = options(server_command(args, spec())[0])
+    assert json.loads(given["--cuda-graph-config"]) == {"decode": {"backend": "disabled"}}
+
+
+def test_another_interpreter_may_have_sglang(monkeypatch):
+    monkeypatch.setenv(PYTHON_VARIABLE, "/elsewhere/bin/python")
+    assert server_command(Namespace(), spec())[0][0] == "/elsewhere/bin/python"
+
+
+def test_the_trainers_rendezvous_is_not_inherited(monkeypatch):
+    for name in ("MASTER_ADDR", "RANK", "WORLD_SIZE", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.setenv(name, "x")
+    monkeypatch.setenv("KEPT", "y")
+    _, env = server_command(Namespace(), spec())
+    assert env["KEPT"] == "y"
+    assert not {"MASTER_ADDR", "RANK", "WORLD_SIZE", "PYTORCH_CUDA_ALLOC_CONF"} & env.keys()
+
+
+def test_health_answers_while_an_engine_is_paused():
+    _, env = server_command(Namespace(), spec())
+    assert env["SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"] == "false"

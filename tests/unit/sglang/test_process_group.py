@@ -1,0 +1,143 @@
+"""Weights over gloo: an engine in another process receives what the trainer's side broadcasts, or says why not."""
+
+import multiprocessing
+import time
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+
+import pytest
+import torch
+
+from slime.utils.processes import free_port
+from slime.weight_sync.base import EngineError, WeightSyncError
+from slime.weight_sync.process_group import DistributedTransport, WeightGroup, join
+
+HOST = "127.0.0.1"
+
+
+def serve(calls: Connection) -> None:
+    """The engine's process: joins groups, receives tensors, and gives back their sums."""
+    groups: dict[str, WeightGroup] = {}
+    while (call := calls.recv()) is not None:
+        name, arguments = call
+        try:
+            if name == "join":
+                groups[arguments["group_name"]] = join(**arguments, timeout_s=30)
+                calls.send(None)
+            elif name == "leave":
+                if arguments in groups:
+                    groups.pop(arguments).close()
+                calls.send(None)
+            else:
+                tensors = [
+                    torch.empty(shape, dtype=getattr(torch, dtype))
+                    for shape, dtype in zip(arguments["shapes"], arguments["dtypes"], strict=True)
+                ]
+                groups[arguments["group_name"]].broadcast(tensors)
+                calls.send(dict(zip(arguments["names"], tensors, strict=True)))
+        except Exception as error:
+            calls.send(error)
+
+
+class EngineInAnotherProcess:
+    """What `DistributedTransport` asks of an engine, answered by `serve` in a forked process."""
+
+    def __init__(self, index: int) -> None:
+        self.name, self.url = f"engine {index}", f"http://{HOST}:{index}"
+        self.received: dict[str, torch.Tensor] = {}
+        self.log: list[str] = []
+        self.refuses: str | None = None
+        context = multiprocessing.get_context("fork")
+        self._calls, theirs = context.Pipe()
+        self._process = context.Process(target=serve, args=(theirs,), daemon=True)
+        self._process.start()
+
+    def _ask(self, name, arguments):
+        self.log.append(name)
+        if self.refuses == name:
+            raise EngineError(f"{self.name} ({self.url}) was asked to {name}: 400 no")
+        self._calls.send((name, arguments))
+        answer = self._calls.recv()
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def init_weights_update_group(self, *, rank_offset, **layout):
+        self._ask("join", {**layout, "rank": rank_offset})
+
+    def update_weights_from_distributed(self, **request):
+        self.received |= self._ask("receive", request)
+
+    def destroy_weights_update_group(self, group_name):
+        self._ask("leave", group_name)
+
+    def begin_weight_update(self):
+        self.log.append("begin")
+
+    def end_weight_update(self):
+        self.log.append("end")
+
+    def set_weight_version(self, version):
+        self.log.append(f"version {version}")
+
+    def close(self):
+        self._calls.send(None)
+        self._process.join(5)
+        self._process.kill()
+
+
+@pytest.fixture
+def engines() -> Iterator[list[EngineInAnotherProcess]]:
+    engines = [EngineInAnotherProcess(index) for index in range(2)]
+    yield engines
+    for engine in engines:
+        engine.close()
+
+
+@pytest.fixture
+def transport() -> Iterator[DistributedTransport]:
+    transport = DistributedTransport(backend="gloo", master_address=HOST, free_port=free_port, timeout_s=30)
+    yield transport
+    transport.close()
+
+
+def test_every_engine_receives_every_tensor_bit_for_bit(engines, transport):
+    torch.manual_seed(0)
+    weights = [("a", torch.randn(3, 5)), ("b", torch.randn(7).bfloat16()), ("c", torch.randn(4, 4).t())]
+    transport.connect(engines)
+    transport.send(weights[:2], "3")
+    transport.send(weights[2:], "3")
+    transport.finish("3")
+    for engine in engines:
+        assert engine.log == ["leave", "join", "begin", "receive", "receive", "end", "version 3"]
+        for name, tensor in weights:
+            assert engine.received[name].dtype == tensor.dtype
+            assert torch.equal(engine.received[name], tensor)
+
+
+def test_another_set_of_engines_gets_a_new_group(engines, transport):
+    transport.connect(engines[:1])
+    transport.connect(engines)
+    transport.send([("a", torch.ones(2))], "1")
+    assert all(torch.equal(engine.received["a"], torch.ones(2)) for engine in engines)
+
+
+def test_a_refusal_ends_the_sync_at_once_with_the_engines_words(engines, transport):
+    """Our half of the broadcast would wait for the engine until the timeout; the error does not."""
+    transport.connect(engines[:1])
+    started = time.monotonic()
+    engines[0].refuses = "receive"
+    with pytest.raises(WeightSyncError, match=r"broadcast of 1 tensors of version 2 with engine 0 .*asked to receive"):
+        transport.send([("a", torch.ones(2))], "2")
+    assert time.monotonic() - started < 15
+
+
+def test_an_engine_that_does_not_join_is_an_error_that_names_the_engines(engines):
+    transport = DistributedTransport(backend="gloo", master_address=HOST, free_port=free_port, timeout_s=30)
+    engines[1].refuses = "join"
+    started = time.monotonic()
+    with pytest.raises(
+        WeightSyncError, match=r"group slime-weights-\d+ of 3 ranks .* with engine 0 .*, engine 1 .*asked to join"
+    ):
+        transport.connect(engines)
+    assert time.monotonic() - started < 15

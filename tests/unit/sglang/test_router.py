@@ -1,0 +1,104 @@
+"""A real router before fake engines: it listens where it is told, takes engines in and out, and routes."""
+
+import os
+from argparse import Namespace
+
+import httpx
+import pytest
+
+from slime.backends.sglang.router import RouterClient, router_command
+from slime.utils.processes import ServerProcess, free_port
+from slime.weight_sync.base import EngineError
+
+HOST = "127.0.0.1"
+
+
+def value_of(argv: list[str], flag: str) -> str:
+    assert argv.count(flag) == 1, argv
+    return argv[argv.index(flag) + 1]
+
+
+def test_slimes_defaults_are_given_where_they_are_not_the_routers():
+    argv, _ = router_command(Namespace(), HOST, 3001, 4001)
+    assert value_of(argv, "--host") == value_of(argv, "--prometheus-host") == HOST
+    assert (value_of(argv, "--port"), value_of(argv, "--prometheus-port")) == ("3001", "4001")
+    assert value_of(argv, "--log-level") == "warn"
+    assert value_of(argv, "--balance-abs-threshold") == "10"
+    assert value_of(argv, "--balance-rel-threshold") == "1.2"
+    assert value_of(argv, "--request-timeout-secs") == "14400"
+    assert int(value_of(argv, "--worker-startup-timeout-secs")) <= 300
+    assert "--disable-health-check" in argv and "--disable-circuit-breaker" in argv
+
+
+def test_what_the_user_gave_wins():
+    args = Namespace(
+        sglang_router_request_timeout_secs=60,
+        router_policy="round_robin",
+        router_log_level="debug",
+        router_balance_abs_threshold=3,
+        router_retry_max_retries=9,
+        router_worker_startup_timeout_secs=7,
+        router_disable_health_check=True,
+        router_cache_threshold=None,
+    )
+    argv, _ = router_command(args, HOST, 3001, 4001)
+    assert value_of(argv, "--request-timeout-secs") == "60"
+    assert value_of(argv, "--policy") == "round_robin"
+    assert value_of(argv, "--log-level") == "debug"
+    assert value_of(argv, "--balance-abs-threshold") == "3"
+    assert value_of(argv, "--retry-max-retries") == "9"
+    assert value_of(argv, "--worker-startup-timeout-secs") == "7"
+    assert argv.count("--disable-health-check") == 1
+
+
+@pytest.fixture
+def worker(fake_engine):
+    fake_engine.replies |= {
+        "/health": (200, ""),
+        "/server_info": (200, {"model_path": "tiny", "tp_size": 1}),
+        "/model_info": (200, {"model_path": "tiny"}),
+        "/generate": (200, {"text": "routed", "meta_info": {"id": "1"}}),
+    }
+    return fake_engine
+
+
+@pytest.fixture(scope="module")
+def router(tmp_path_factory):
+    """The router that its own command line would refuse to start: a policy that only RouterArgs knows."""
+    port = free_port()
+    argv, env = router_command(Namespace(router_policy="consistent_hashing"), HOST, port, free_port())
+    process = ServerProcess(
+        "router", argv, env | {"PATH": os.environ["PATH"]}, tmp_path_factory.mktemp("r") / "router.log"
+    )
+    process.start()
+    process.wait_until_healthy(f"http://{HOST}:{port}/liveness", 60)
+    yield f"http://{HOST}:{port}"
+    process.terminate()
+
+
+def test_an_engine_is_added_used_and_removed(router, worker):
+    client = RouterClient(router)
+    assert client.workers() == []
+    client.add_worker(worker.url, timeout_s=30)
+    assert [(w["url"], w["is_healthy"]) for w in client.workers()] == [(worker.url, True)]
+    request = {"input_ids": [5], "rid": "r1", "sampling_params": {"max_new_tokens": 1}}
+    reply = httpx.post(f"{router}/generate", json=request, headers={"X-SMG-Routing-Key": "s"}, trust_env=False)
+    assert reply.json()["text"] == "routed"
+    (asked,) = [payload for _, path, payload in worker.asked if path == "/generate"]
+    assert (asked["rid"], asked["input_ids"]) == ("r1", [5])
+    client.remove_worker(worker.url)
+    assert client.workers() == []
+    client.remove_worker(worker.url)
+
+
+def test_an_engine_that_does_not_come_up_is_an_error_that_names_it(router):
+    nobody = f"http://{HOST}:{free_port()}"
+    client = RouterClient(router)
+    with pytest.raises(EngineError, match=rf"router \({router}\) was asked POST /workers for {nobody}: .* after 0.5 s"):
+        client.add_worker(nobody, timeout_s=0.5)
+
+
+def test_a_router_that_is_not_there_is_an_error_that_names_it():
+    url = f"http://{HOST}:{free_port()}"
+    with pytest.raises(EngineError, match=rf"The router \({url}\) was asked GET /workers: no answer"):
+        RouterClient(url).workers()
