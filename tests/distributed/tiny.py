@@ -42,6 +42,8 @@ def training_args(folder: Path, **changes: Any) -> Namespace:
         optimizer="adam", lr=1e-2, min_lr=0.0, lr_decay_style="constant", lr_warmup_fraction=None, weight_decay=0.01,
         adam_beta1=0.9, adam_beta2=0.999, adam_eps=1e-3, clip_grad=1.0,
         num_rollout=4, rollout_batch_size=4, n_samples_per_prompt=2, global_batch_size=8, num_steps_per_rollout=1,
+        num_layers=2, hidden_size=48, ffn_hidden_size=80, num_attention_heads=6, num_query_groups=2, kv_channels=8,
+        vocab_size=VOCAB, group_query_attention=True,
         micro_batch_size=2, use_dynamic_batch_size=False, max_tokens_per_gpu=None, balance_data=False,
         balance_by_flops=False, share_group_prompts=True,
         loss_type="policy_loss", advantage_estimator="grpo", custom_loss_function_path=None,

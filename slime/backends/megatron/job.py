@@ -177,6 +177,7 @@ class TrainingJob:
         metrics = self._rollout_metrics(data, sum(step.global_batch_size for step in steps))
         with self._stopwatch.timed("actor_train"):
             metrics |= self._train_steps(rollout_id, data, steps)
+            self._finish_gathering()
         self._update_reference(rollout_id)
         num_tokens = sum(data["total_lengths"])
         return metrics | self._stopwatch.metrics(num_tokens, self.world_size // self.parallel_config["dp_size"])
@@ -242,6 +243,13 @@ class TrainingJob:
             f"{what} The weights are still those of before. Look for infinite rewards or log-probs in the rollout, "
             "lower --lr, or skip such steps with --no-check-for-nan-in-loss-and-grad."
         )
+
+    def _finish_gathering(self) -> None:
+        """With --overlap-param-gather the next forward pass would fetch the other ranks' new weights; who reads weights
+        in between must find them."""
+        for model in self.models:
+            if model.ddp_config.overlap_param_gather:
+                model.start_param_sync(force_sync=True)
 
     def _update_reference(self, rollout_id: int) -> None:
         interval = getattr(self.args, "ref_update_interval", None)
