@@ -83,6 +83,10 @@ def test_the_list_of_metrics_is_the_declared_one(repository: Path) -> None:
     assert written == metric_names.markdown(), "run: python -m slime.observability.metric_names docs/metrics.md"
 
 
+def test_the_list_of_flags_is_the_real_one(repository: Path) -> None:
+    check(repository, "-m", "slime.arguments.docs", "--check")
+
+
 def test_every_module_says_what_it_is_for(repository: Path) -> None:
     folders = [
         repository / name for name in ("slime", "slime_plugins", "examples", "scripts") if (repository / name).is_dir()
@@ -120,7 +124,19 @@ def test_nothing_of_one_persons_machine_is_in_the_repository(repository: Path) -
     assert not found
 
 
-@pytest.mark.parametrize("document", ["README.md", "CHANGELOG.md", "docs/README.md", "docs/quickstart.md"])
+@pytest.mark.parametrize(
+    "document",
+    [
+        "README.md",
+        "CHANGELOG.md",
+        "docs/README.md",
+        "docs/quickstart.md",
+        "docs/troubleshooting.md",
+        "docs/architecture.md",
+        "docs/algorithms.md",
+        "examples/quickstart/README.md",
+    ],
+)
 def test_links_between_documents_lead_somewhere(repository: Path, document: str) -> None:
     source = repository / document
     targets = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", source.read_text(encoding="utf-8"))
