@@ -33,11 +33,11 @@ def compute_gpqa_reward(response: str, label: Any, metadata: Mapping[str, Any] |
 def extract_letter(text: str, letters: Sequence[str]) -> str | None:
     """The letter that a text answers with: the last one it says so of, else the last capital that stands alone."""
     letter = f"([{''.join(letters)}])"
-    wrapped = rf"[\s:*_$(\[{{]*(?:\\(?:boxed|text|mathrm|mathbf)\{{)*[(\[]?{letter}(?![a-zA-Z'’])"
+    wrapped = rf"[\s:*_$(\[{{]{{0,12}}(?:\\(?:boxed|text|mathrm|mathbf)\{{){{0,3}}[(\[]?{letter}(?![a-zA-Z'’])"
     patterns = (
-        rf"(?i:answer|option|choice)(?:\s+(?i:is|was|would\s+be))?\s*[:=]?{wrapped}",
-        rf"(?<![a-zA-Z]){letter}[)\]*.]*\s+(?i:is)\s+(?i:the\s+)?(?i:correct|right)\b",
-        rf"\\boxed\{{\s*(?:\\text\{{)?\s*\(?{letter}\)?\s*\}}",
+        rf"(?i:answer|option|choice)(?:\s{{1,4}}(?i:is|was|would be))?\s{{0,4}}[:=]?{wrapped}",
+        rf"(?<![a-zA-Z]){letter}[)\]*.]{{0,4}}\s{{1,4}}(?i:is)\s{{1,4}}(?i:the\s{{1,4}})?(?i:correct|right)\b",
+        rf"\\boxed\{{\s{{0,4}}(?:\\text\{{)?\s{{0,4}}\(?{letter}\)?\s{{0,4}}\}}",
     )
     found = [(match.start(), match.group(1)) for pattern in patterns for match in re.finditer(pattern, text)]
     if found:

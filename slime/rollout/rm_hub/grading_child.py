@@ -15,6 +15,9 @@ from typing import Any
 
 from slime.rollout.rm_hub.safe_expression import UnsafeExpression, evaluate_literal, parse_expression
 
+BOARD_TASKS = frozenset({"arc_agi", "rearc"})
+"""Tasks whose verifier compares with a tuple of tuples, which JSON turns into lists."""
+
 
 def sympy_equal(given: str, truth: str) -> bool | None:
     """See grading_worker; None when either text is no expression that may be parsed."""
@@ -42,6 +45,9 @@ def math_verify_equal(given: str, truth: str) -> bool | None:
 
 def reasoning_gym_score(task: str, answer: str, entry: dict[str, Any]) -> float:
     """See grading_worker."""
+    if task in BOARD_TASKS:
+        metadata = entry["metadata"]
+        entry = entry | {"metadata": metadata | {"output": tuple(tuple(row) for row in metadata["output"])}}
     return float(reasoning_gym_scorer(task)(answer, entry))
 
 

@@ -6,6 +6,8 @@ from functools import cache
 from types import ModuleType
 from typing import Any
 
+LIBRARY = "evaluation_lib"
+
 
 def compute_ifbench_reward(response: str, label: Any, metadata: Mapping[str, Any] | None = None) -> float:
     """1.0 if all instructions are followed in IFBench's strict reading, else 0.0.
@@ -40,7 +42,7 @@ def compute_ifbench_reward(response: str, label: Any, metadata: Mapping[str, Any
 @cache
 def _evaluation_lib() -> ModuleType:
     try:
-        return importlib.import_module("evaluation_lib")
+        return importlib.import_module(LIBRARY)
     except ImportError as error:
         raise ImportError(
             f"--rm-type ifbench runs IFBench's evaluation_lib, which cannot be imported ({error}). Get it once:\n"

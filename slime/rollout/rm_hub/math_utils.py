@@ -29,10 +29,13 @@ from slime.rollout.rm_hub.latex_text import (
 
 MAX_UNKNOWN_LETTERS = 2
 MAX_EXPRESSION_CHARS = 300
+MAX_ANSWER_CHARS = 2000
+"""An answer that is longer is right only if it is the label, character by character."""
 
 _INTEGER = re.compile(r"[+-]?\d+(\.0+)?")
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)")
 _FRACTION = re.compile(r"[+-]?\d+/0*[1-9]\d*")
+_TOWER = re.compile(r"\^[\s{(]*\d+\s*\^|\^[\s{(]*\d{4,}")
 _BIG_EXPONENT = re.compile(r"\^[{(]|\^\d+\^|\^\d\d+")
 _FUNCTION_NAMES = re.compile("|".join(sorted(FUNCTIONS, key=len, reverse=True)))
 
@@ -60,6 +63,8 @@ def grade_answer_verl(solution_str: str, ground_truth: object) -> bool:
 
 def grade_answer_mathd(given_answer: str, ground_truth: str) -> bool:
     """Whether both are the same string after the normalisation of the MATH benchmark."""
+    if _is_overlong(given_answer, ground_truth):
+        return given_answer.strip() == ground_truth.strip()
     return mathd_normalize_answer(given_answer) == mathd_normalize_answer(ground_truth)
 
 
@@ -137,6 +142,8 @@ def _strip_string(string: str) -> str:
 
 def _symbolic_verdict(given: str, truth: str) -> bool | None:
     """Steps 3 and 4: right, wrong, or None for undecided."""
+    if _is_overlong(given, truth):
+        return given.strip() == truth.strip()
     given_text, truth_text = normalize_expression(given), normalize_expression(truth)
     if given_text == truth_text:
         return bool(given_text)
@@ -168,6 +175,10 @@ def _element_verdict(given: str, truth: str) -> bool | None:
     if not (_may_evaluate(given) and _may_evaluate(truth)):
         return None
     return grading_worker.sympy_equal(given, truth)
+
+
+def _is_overlong(given: str, truth: str) -> bool:
+    return max(len(given), len(truth)) > MAX_ANSWER_CHARS
 
 
 def _is_plain(text: str) -> bool:
@@ -215,9 +226,8 @@ def _may_evaluate(text: str) -> bool:
 
 
 def _math_verify(given: str, truth: str) -> bool:
-    """Step 5; words and overlong texts are not given to Math-Verify, which would read letters as factors."""
-    if max(len(given), len(truth)) > MAX_EXPRESSION_CHARS:
-        return False
-    if any(is_words(latex_to_text(text)) for text in (given, truth)):
-        return False
+    """Step 5; words (whose letters it would multiply), towers of powers and long texts are kept from Math-Verify."""
+    for text in (given, truth):
+        if len(text) > MAX_EXPRESSION_CHARS or _TOWER.search(text) or is_words(latex_to_text(text)):
+            return False
     return grading_worker.math_verify_equal(given, truth) is True
