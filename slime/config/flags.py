@@ -106,7 +106,7 @@ def _kind_of(inner: Any, origin: Any, is_optional: bool, default: Any) -> Kind:
 
 
 def _without_none(hint: Any) -> tuple[Any, bool]:
-    if isinstance(hint, types.UnionType):
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
         members = [a for a in typing.get_args(hint) if a is not type(None)]
         assert len(members) == 1, f"a flag has one type, not {hint}"
         return members[0], True

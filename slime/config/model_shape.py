@@ -142,6 +142,9 @@ COMPARED = {
 }
 
 
+SWITCHES = {"untie_embeddings_and_output_weights", "add_qkv_bias", "qk_layernorm"}
+
+
 def compare_with_config(values: Mapping[str, Any], given: frozenset[str], hf: Mapping[str, Any]) -> None:
     """Compare the model flags that were given with config.json. Where --num-layers is given, a whole MODEL_ARGS array
     is assumed, so that an absent switch counts as off.
@@ -150,13 +153,12 @@ def compare_with_config(values: Mapping[str, Any], given: frozenset[str], hf: Ma
         ConfigError: everything that differs, with the flag and both values.
     """
     shape = shape_of(hf)
-    switches = {d for d in COMPARED if isinstance(shape.get(d, False), bool)}
     is_whole = "num_layers" in given
     different = []
     for dest, hf_name in COMPARED.items():
-        if not (dest in given or (is_whole and dest in switches)):
+        if not (dest in given or (is_whole and dest in SWITCHES)):
             continue
-        expected = shape.get(dest, False if dest in switches else None)
+        expected = shape.get(dest, False if dest in SWITCHES else None)
         if expected is not None and not _same(values[dest], expected):
             flag = "--" + dest.replace("_", "-")
             different.append(f"{flag} is {values[dest]}, but config.json says {expected} ({hf_name})")

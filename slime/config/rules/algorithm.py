@@ -5,7 +5,11 @@ import re
 from slime.config.config import Config
 from slime.config.errors import ConfigError, did_you_mean
 
-REWARDS = ("remote_rm", "deepscaler", "dapo", "math", "f1", "gpqa", "ifbench", "random", "reasoning_gym")
+REWARDS = (
+    "answer_tag", "dapo", "deepscaler", "f1", "gpqa", "ifbench", "last_number", "math", "random", "reasoning_gym",
+    "remote_rm",
+)  # fmt: skip
+"""Built-in rewards, those of slime.rollout.rm_hub; known here so that a wrong name is refused before anything loads."""
 
 
 def one_kl_term(config: Config) -> None:

@@ -1,7 +1,5 @@
 """Files and facts that the tests of command lines share."""
 
-from pathlib import Path
-
 import pytest
 
 from slime.config import Machine
@@ -20,9 +18,3 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def laptop() -> Machine:
     """Two cores without bf16 and no GPU, whatever this machine is."""
     return LAPTOP
-
-
-@pytest.fixture
-def repository() -> Path:
-    """The root of the source tree."""
-    return Path(__file__).resolve().parents[3]

@@ -41,25 +41,14 @@ def test_the_message_has_the_flag_and_the_fix(
     assert message.startswith("train.py: error: ")
     assert wrong.flag in message
     assert wrong.fix in message
-
-
-@pytest.mark.parametrize("wrong", WRONG_COMMAND_LINES, ids=lambda w: w.rule.replace(" ", "-"))
-def test_only_the_broken_rule_is_reported(
-    wrong: Wrong, files: dict[str, str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    """One mistake gives one message, so that the reader knows what to change."""
-    with pytest.raises(SystemExit):
-        parse_args(wrong.command_line(files), loop=wrong.loop)
-    assert "problems" not in capsys.readouterr().err.splitlines()[0]
+    assert len(message.splitlines()) == 1, "one mistake gives one message"
 
 
 def test_each_command_line_breaks_another_rule() -> None:
     assert len(IN_PROCESS) == len(WRONG_COMMAND_LINES) >= 45
 
 
-def test_independent_mistakes_are_reported_together(
-    files: dict[str, str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_independent_mistakes_are_reported_together(files: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     words = "--rollout-temperature 0 --rm-type maths --gloabl-batch-size 8 --prompt-data {dir}/none.jsonl --save-interval 1 --save-hf x"
     with pytest.raises(SystemExit) as stopped:
         parse_args(Wrong("", words, "", "").command_line(files))

@@ -74,7 +74,7 @@ TINY_QWEN3 = {
     "max_position_embeddings": 4096,
 }
 
-_PLUGINS = '''
+_PLUGINS = """
 import torch_that_is_not_there  # importing this file would fail
 
 
@@ -117,7 +117,7 @@ class Judge:
 
 class Silent:
     pass
-'''
+"""
 
 
 def make_model(folder: Path, config: dict[str, object] | None = None, *, chat_template: bool = True) -> Path:

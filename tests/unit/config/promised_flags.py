@@ -1,0 +1,329 @@
+"""What launch scripts rely on: every flag of slime with its type and default, written down by hand.
+
+One line a flag: name, type (`switch` stores True, `off:dest` stores False, `on|off` has both forms, `a|b` choices,
+`int+` several values, `str*` may be repeated), default as a Python literal.
+"""
+
+FLAGS = """
+--actor-num-nodes int 1
+--actor-num-gpus-per-node int 8
+--rollout-num-gpus int None
+--rollout-num-gpus-per-engine int 1
+--num-gpus-per-node int 8
+--colocate switch False
+--offload switch False
+--offload-train on|off None
+--offload-rollout on|off None
+--distributed-backend str 'nccl'
+--distributed-timeout-minutes int 10
+--qwen-gdn-backend fla|flashqla 'fla'
+--train-env-vars json {}
+--update-weight-mode full|delta 'full'
+--update-weight-transport nccl|disk 'nccl'
+--release-train switch False
+--update-weight-disk-dir str None
+--update-weight-disk-keep-files switch False
+--update-weight-delta-encoding xor|overwrite 'xor'
+--update-weight-delta-checksum xxh3-128|blake3|adler32 'xxh3-128'
+--custom-update-weight-post-write-path str None
+--update-weight-local-checkpoint-dir str None
+--custom-model-provider-path str None
+--recompute-loss-function switch False
+--log-probs-chunk-size int -1
+--only-train-params-name-list str+ None
+--freeze-params-name-list str+ None
+--freeze-indexer switch False
+--allgather-cp switch False
+--megatron-config-path str None
+--num-critic-only-steps int 0
+--enable-mtp-training switch False
+--mtp-num-layers int None
+--mtp-loss-scaling-factor float 0.2
+--padded-vocab-size int None
+--custom-config-path str None
+--hf-checkpoint str None
+--model-name str None
+--rollout-function-path str 'slime.rollout.sglang_rollout.generate_rollout'
+--rollout-temperature float 1.0
+--rollout-top-p float 1.0
+--rollout-top-k int -1
+--rollout-max-context-len int None
+--rollout-max-prompt-len int None
+--rollout-max-response-len int None
+--rollout-skip-special-tokens switch False
+--rollout-stop str+ None
+--rollout-stop-token-ids int+ None
+--rollout-shuffle switch False
+--rollout-seed int 42
+--over-sampling-batch-size int None
+--dynamic-sampling-filter-path str None
+--partial-rollout switch False
+--mask-offpolicy-in-partial-rollout switch False
+--custom-generate-function-path str None
+--rollout-sample-hook-path str* []
+--custom-rollout-log-function-path str None
+--custom-eval-rollout-log-function-path str None
+--buffer-filter-path str None
+--update-weight-buffer-size int 536870912
+--update-weights-interval int 1
+--keep-old-actor switch False
+--rollout-data-postprocess-path str None
+--rollout-data-transport object-store|nixl 'object-store'
+--rollout-external-engine-addrs str+ None
+--use-fault-tolerance switch False
+--rollout-health-check-interval float 30.0
+--rollout-health-check-timeout float 30.0
+--rollout-health-check-first-wait float 0
+--num-rollout int None
+--num-epoch int None
+--disable-rollout-global-dataset off:rollout_global_dataset True
+--data-source-path str 'slime.rollout.data_source.RolloutDataSourceWithBuffer'
+--prompt-data str None
+--apply-chat-template switch False
+--apply-chat-template-kwargs json {}
+--input-key str 'input'
+--label-key str None
+--multimodal-keys json None
+--metadata-key str 'metadata'
+--tool-key str 'tools'
+--start-rollout-id int None
+--rollout-batch-size int None
+--n-samples-per-prompt int 1
+--global-batch-size int None
+--num-steps-per-rollout int None
+--micro-batch-size int 1
+--balance-data switch False
+--balance-by-flops switch False
+--use-dynamic-batch-size switch False
+--max-tokens-per-gpu int None
+--log-probs-max-tokens-per-gpu int None
+--data-pad-size-multiplier int 128
+--loss-mask-type qwen|qwen3|qwen3_5|distill_qwen 'qwen'
+--eval-function-path str None
+--eval-interval int None
+--eval-prompt-data str+* None
+--eval-config str None
+--skip-eval-before-train switch False
+--eval-input-key str None
+--eval-label-key str None
+--eval-tool-key str None
+--n-samples-per-eval-prompt int 1
+--eval-temperature float None
+--eval-top-p float None
+--eval-top-k int None
+--eval-max-response-len int None
+--eval-max-prompt-len int None
+--eval-min-new-tokens int None
+--eval-max-context-len int None
+--eval-reward-key str None
+--ref-load str None
+--ref-ckpt-step int None
+--load str None
+--save str None
+--save-interval int None
+--async-save switch False
+--no-save-optim switch False
+--save-hf str None
+--seed int 1234
+--clip-grad float 1.0
+--calculate-per-token-loss switch False
+--lr float 1e-06
+--eps-clip float 0.2
+--eps-clip-high float None
+--eps-clip-c float None
+--value-clip float 0.2
+--kl-coef float 0.0
+--loss-type policy_loss|sft_loss|custom_loss 'policy_loss'
+--custom-loss-function-path str None
+--kl-loss-type k1|k2|k3|low_var_kl 'k1'
+--advantage-estimator grpo|gspo|cispo|reinforce_plus_plus|reinforce_plus_plus_baseline|ppo 'grpo'
+--disable-compute-advantages-and-returns off:compute_advantages_and_returns True
+--custom-advantage-function-path str None
+--use-kl-loss switch False
+--kl-loss-coef float 0.0
+--use-unbiased-kl switch False
+--ref-update-interval int None
+--entropy-coef float 0.0
+--gamma float 1.0
+--lambd float 1.0
+--normalize-advantages switch False
+--disable-grpo-std-normalization off:grpo_std_normalization True
+--disable-rewards-normalization off:rewards_normalization True
+--use-rollout-entropy switch False
+--get-mismatch-metrics switch False
+--reset-optimizer-states switch False
+--use-stateless-adam switch False
+--use-rollout-logprobs switch False
+--use-tis switch False
+--tis-clip float 2.0
+--tis-clip-low float 0
+--custom-tis-function-path str None
+--custom-pg-loss-reducer-function-path str None
+--use-routing-replay switch False
+--use-rollout-routing-replay switch False
+--use-opsm switch False
+--opsm-delta float 0.0001
+--use-opd switch False
+--opd-type sglang|megatron None
+--opd-kl-coef float 1.0
+--opd-teacher-load str None
+--opd-teacher-ckpt-step int None
+--rm-type str None
+--reward-key str None
+--group-rm switch False
+--rm-url str None
+--custom-rm-path str None
+--custom-reward-post-process-path str None
+--custom-convert-samples-to-train-data-path str None
+--rollout-buffer-url str None
+--fetch-trajectory-retry-times int -1
+--min-batch-collection-ratio float 1
+--rollout-task-type str 'math'
+--rollout-sample-filter-path str None
+--rollout-all-samples-process-path str None
+--custom-megatron-init-path str None
+--custom-megatron-before-log-prob-hook-path str None
+--custom-megatron-before-train-step-hook-path str None
+--megatron-deepgemm-forward-layers int+ None
+--megatron-deepgemm-forward-modules str+ None
+--megatron-deepgemm-moe-forward-layers int+ None
+--megatron-deepgemm-moe-forward-modules str+ None
+--use-wandb switch False
+--wandb-mode online|offline|disabled None
+--wandb-dir str None
+--wandb-key str None
+--wandb-host str None
+--wandb-team str None
+--wandb-group str None
+--wandb-project str None
+--wandb-run-id str None
+--disable-wandb-random-suffix off:wandb_random_suffix True
+--wandb-always-use-train-step switch False
+--log-multi-turn switch False
+--log-passrate switch False
+--log-reward-category str None
+--log-correct-samples switch False
+--use-tensorboard switch False
+--tb-project-name str None
+--tb-experiment-name str None
+--save-debug-rollout-data str None
+--load-debug-rollout-data str None
+--load-debug-rollout-data-subsample float None
+--load-forge-rollout-data str None
+--save-debug-train-data str None
+--dump-details str None
+--debug-rollout-only switch False
+--debug-train-only switch False
+--memory-snapshot-dir str '.'
+--memory-snapshot-num-steps int None
+--profile-target train_overall|train_actor|train_log_probs+ ['train_overall']
+--memory-recorder torch|memray 'torch'
+--record-memory-history switch False
+--check-weight-update-equal switch False
+--ci-test switch False
+--ci-disable-kl-checker switch False
+--ci-train-rollout-logprob-abs-diff-threshold float 0.1
+--ci-save-grad-norm str None
+--ci-load-grad-norm str None
+--http-proxy str None
+--use-distributed-post switch False
+--train-backend megatron 'megatron'
+--sglang-router-ip str None
+--sglang-router-port int None
+--sglang-router-request-timeout-secs int 14400
+--sglang-server-concurrency int 512
+--prefill-num-servers int None
+--sglang-config str None
+--async-buffer-size int 1
+--num-data-workers int 0
+--streaming-data switch False
+--max-turns int None
+--rm-model-path str None
+--device auto|cpu|cuda 'auto'
+--cpu-devices int None
+--output-dir str 'outputs'
+--run-name str None
+--rollout-engine auto|sglang|embedded 'auto'
+--dry-run switch False
+--keep-last int None
+--no-tensorboard switch False
+"""
+
+# Of the other projects, what slime sets differently from them.
+CHANGED = {"router_log_level": "warn", "router_balance_abs_threshold": 10, "router_balance_rel_threshold": 1.2}
+
+# Megatron-LM's flags that launch scripts use: name, attribute of args.
+MEGATRON = """
+--tensor-model-parallel-size tensor_model_parallel_size
+--sequence-parallel sequence_parallel
+--pipeline-model-parallel-size pipeline_model_parallel_size
+--decoder-first-pipeline-num-layers decoder_first_pipeline_num_layers
+--decoder-last-pipeline-num-layers decoder_last_pipeline_num_layers
+--context-parallel-size context_parallel_size
+--expert-model-parallel-size expert_model_parallel_size
+--expert-tensor-parallel-size expert_tensor_parallel_size
+--recompute-granularity recompute_granularity
+--recompute-method recompute_method
+--recompute-num-layers recompute_num_layers
+--recompute-activations recompute_activations
+--optimizer optimizer
+--min-lr min_lr
+--lr-decay-style lr_decay_style
+--lr-warmup-fraction lr_warmup_fraction
+--weight-decay weight_decay
+--adam-beta1 adam_beta1
+--adam-beta2 adam_beta2
+--optimizer-cpu-offload optimizer_cpu_offload
+--overlap-cpu-optimizer-d2h-h2d overlap_cpu_optimizer_d2h_h2d
+--use-precision-aware-optimizer use_precision_aware_optimizer
+--attention-dropout attention_dropout
+--hidden-dropout hidden_dropout
+--accumulate-allreduce-grads-in-fp32 accumulate_allreduce_grads_in_fp32
+--attention-softmax-in-fp32 attention_softmax_in_fp32
+--attention-backend attention_backend
+--moe-token-dispatcher-type moe_token_dispatcher_type
+--moe-enable-deepep moe_enable_deepep
+--no-check-for-nan-in-loss-and-grad check_for_nan_in_loss_and_grad
+--no-gradient-accumulation-fusion gradient_accumulation_fusion
+--transformer-impl transformer_impl
+--fp8-format fp8
+--fp8-recipe fp8_recipe
+--deterministic-mode deterministic_mode
+--use-distributed-optimizer use_distributed_optimizer
+--bf16 bf16
+--swiglu swiglu
+--disable-bias-linear add_bias_linear
+--normalization normalization
+--num-layers num_layers
+--hidden-size hidden_size
+--ffn-hidden-size ffn_hidden_size
+--num-attention-heads num_attention_heads
+--num-query-groups num_query_groups
+--kv-channels kv_channels
+--vocab-size vocab_size
+--norm-epsilon norm_epsilon
+--rotary-base rotary_base
+--untie-embeddings-and-output-weights untie_embeddings_and_output_weights
+--qk-layernorm qk_layernorm
+--add-qkv-bias add_qkv_bias
+--group-query-attention group_query_attention
+--use-rotary-position-embeddings use_rotary_position_embeddings
+--spec spec
+--moe-layer-freq moe_layer_freq
+--no-rope-fusion apply_rope_fusion
+--rotary-percent rotary_percent
+--no-position-embedding add_position_embedding
+--apply-layernorm-1p apply_layernorm_1p
+--num-experts num_experts
+--no-bias-swiglu-fusion bias_activation_fusion
+--no-masked-softmax-fusion masked_softmax_fusion
+--use-rope-scaling use_rope_scaling
+--rotary-scaling-factor rotary_scaling_factor
+--max-position-embeddings max_position_embeddings
+--make-vocab-size-divisible-by make_vocab_size_divisible_by
+--attention-output-gate attention_output_gate
+--use-gated-attention use_gated_attention
+--post-self-attn-layernorm post_self_attn_layernorm
+--post-mlp-layernorm post_mlp_layernorm
+--enable-experimental enable_experimental
+"""
