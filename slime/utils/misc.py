@@ -26,8 +26,8 @@ def load_function(path: str, default_name: str | tuple[str, ...] | None = None) 
 
     Args:
         path: `package.module.name`, `file.py:name`, or `file.py` alone.
-        default_name: names to look for in a bare `file.py`, the first that exists wins; after them the file's own
-            stem, then the only public function or class that the file defines.
+        default_name: names to look for in a bare `file.py`, the first that it defines wins; after them the file's own
+            stem, then the only public function or class in it.
 
     Raises:
         ValueError: the path has none of these forms, or a bare file leaves the choice open.
@@ -58,16 +58,24 @@ def _attribute(module: ModuleType, name: str, path: str) -> Any:
 def _default_of_file(path: str, default_name: str | tuple[str, ...] | None) -> Any:
     module = _module_of_file(path)
     wanted = (default_name,) if isinstance(default_name, str) else tuple(default_name or ())
-    for name in (*wanted, Path(path).stem):
-        if hasattr(module, name):
-            return getattr(module, name)
+    named = [name for name in (*wanted, Path(path).stem) if hasattr(module, name)]
     own = _own_names(module)
-    if len(own) == 1:
-        return getattr(module, own[0])
+    # What a file imports (a base class, slime's own `generate`) is meant only if it defines nothing itself.
+    candidates = [name for name in named if not _is_imported(module, name)]
+    candidates += own if len(own) == 1 else []
+    candidates += named if not own else []
+    if candidates:
+        return getattr(module, candidates[0])
     raise ValueError(
         f"{path!r} does not say which function is meant: it defines {', '.join(own) or 'none'}. "
         f"Write {path}:name, or call the function {wanted[0] if wanted else Path(path).stem!r}."
     )
+
+
+def _is_imported(module: ModuleType, name: str) -> bool:
+    value = getattr(module, name)
+    is_definition = inspect.isroutine(value) or inspect.isclass(value)
+    return is_definition and getattr(value, "__module__", None) != module.__name__
 
 
 def _own_names(module: ModuleType) -> list[str]:
@@ -77,7 +85,7 @@ def _own_names(module: ModuleType) -> list[str]:
         for name, value in vars(module).items()
         if not name.startswith("_")
         and (inspect.isfunction(value) or inspect.isclass(value))
-        and value.__module__ == module.__name__
+        and not _is_imported(module, name)
     ]
 
 

@@ -38,6 +38,9 @@ def test_a_dotted_path_and_a_file_with_a_name_give_the_function(folder):
         ("def second(): return 'second'\ndef my_plugin_b(): return 'stem'\n", "second"),
         ("def other(): return 'other'\ndef my_plugin_b(): return 'stem'\n", "stem"),
         ("from os.path import join\ndef only(): return 'only'\ndef _helper(): pass\n", "only"),
+        ("from os.path import join as wanted\ndef only(): return 'only'\n", "only"),
+        ("def only(): return 'only'\nwanted = lambda: 'assigned'\n", "assigned"),
+        ("from os import getcwd as wanted\nimport functools\nsecond = functools.partial(str, 'partial')\n", "partial"),
     ],
 )
 def test_a_bare_file_is_searched_by_the_flags_names_then_its_own(folder, text, result):
