@@ -150,7 +150,7 @@ def test_the_command_line_is_one_that_train_py_takes(repository: Path, tmp_path:
     data = tmp_path / "data"
     prepare = [repository / "examples/quickstart/prepare.py", "--out", data, "--without-model"]
     subprocess.run([sys.executable, *prepare], check=True, capture_output=True)
-    write_small_config(data / "SmolLM2-135M-Instruct")
+    write_small_model(data / "SmolLM2-135M-Instruct")
     script = 'DATA="$1" RUN_NAME=test; source examples/quickstart/args.sh; printf "%s\\0" "${ARGS[@]}"'
     words = subprocess.run(
         ["bash", "-c", script, "bash", data], cwd=repository, check=True, capture_output=True, text=True
@@ -161,7 +161,7 @@ def test_the_command_line_is_one_that_train_py_takes(repository: Path, tmp_path:
     assert [(task.name, task.path) for task in args.eval_datasets] == [("held_out", str(data / "held_out.jsonl"))]
 
 
-def write_small_config(folder: Path) -> None:
+def write_small_model(folder: Path) -> None:
     folder.mkdir()
     config = {
         "architectures": ["LlamaForCausalLM"],
@@ -180,6 +180,8 @@ def write_small_config(folder: Path) -> None:
         "torch_dtype": "bfloat16",
     }
     (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
 
 
 def test_the_report_says_what_was_earned_and_what_it_cost(repository: Path, tmp_path: Path) -> None:
