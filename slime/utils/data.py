@@ -341,7 +341,10 @@ class Dataset:
         if max_length is not None:
             samples = filter_long_prompt(samples, tokenizer, processor, max_length)
             if not samples:
-                raise DataError(f"{path}: every prompt has more than {max_length} tokens (--rollout-max-prompt-len).")
+                raise DataError(
+                    f"{path}: every prompt has more than {max_length} tokens. Raise --rollout-max-prompt-len (for "
+                    "evaluation --eval-max-prompt-len)."
+                )
         self.origin_samples = samples
         self.samples = samples
         self.seed = seed
