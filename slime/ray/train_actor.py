@@ -1,7 +1,9 @@
 """One rank of a trainer as a Ray actor: it carries the trainer's verbs and the engines' addresses, no training code."""
 
+import logging
 import os
 import socket
+import warnings
 from argparse import Namespace
 from typing import Any
 
@@ -18,6 +20,7 @@ class TrainRayActor:
 
     def __init__(self, args: Namespace, rank: int, world_size: int, role: str = "actor") -> None:
         configure_logger(prefix=f"{role} {rank}")
+        _quiet_megatron()
         self._args, self._rank, self._world_size, self._role = (
             args,
             rank,
@@ -99,3 +102,11 @@ class TrainRayActor:
             self._sync.close()
         if self._trainer is not None:
             self._trainer.close()
+
+
+def _quiet_megatron() -> None:
+    """Drop what Megatron says of itself: its whole configuration, and which optional packages it does without."""
+    if logging.getLogger().isEnabledFor(logging.DEBUG):
+        return
+    logging.getLogger("megatron").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
