@@ -21,7 +21,14 @@ class Batch(Protocol):
     """One forward pass: which tokens go where."""
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, cache: SlotCache, scale: float, window: int | None
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cache: SlotCache | None,
+        scale: float,
+        window: int | None,
     ) -> Tensor:
         """Attention of all T tokens. query [Hq, T, D], key and value [H, T, D] -> [T, Hq, D]."""
 
@@ -52,8 +59,16 @@ class DecodeBatch:
         return self._masks[window]
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, cache: SlotCache, scale: float, window: int | None
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cache: SlotCache | None,
+        scale: float,
+        window: int | None,
     ) -> Tensor:
+        assert cache is not None
         keys, values = cache.keys[layer], cache.values[layer]
         keys[self.rows, :, self.positions] = key.transpose(0, 1)
         values[self.rows, :, self.positions] = value.transpose(0, 1)
@@ -87,8 +102,16 @@ class PrefillBatch:
     segments: list[PrefillSegment]
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, cache: SlotCache, scale: float, window: int | None
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cache: SlotCache | None,
+        scale: float,
+        window: int | None,
     ) -> Tensor:
+        assert cache is not None
         keys, values = cache.keys[layer], cache.values[layer]
         out = torch.empty(query.shape[1], query.shape[0], value.shape[-1], dtype=query.dtype)
         for segment in self.segments:
@@ -130,7 +153,7 @@ def _prefill_mask(length: int, end: int, window: int | None) -> Tensor | None:
 class CachedAttention:
     """What is registered with transformers as an attention implementation; one object an engine.
 
-    Before each forward pass the engine sets `batch`. `calls` counts the layers that came through here, so that a model
+    `ServedModel.logits` sets `batch` and `cache` for each forward pass. `calls` counts the layers that came through here, so that a model
     whose layers attend in another way is noticed (`slime.backends.embedded.model.probe`).
     """
 
@@ -152,7 +175,7 @@ class CachedAttention:
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """query [1, Hq, T, D], key and value [1, H, T, D] -> ([1, T, Hq, D], None), as transformers asks."""
-        assert self.cache is not None and self.batch is not None
+        assert self.batch is not None
         for name, meaning in NOT_SERVED.items():
             if kwargs.get(name) is not None:
                 raise ValueError(
@@ -173,7 +196,14 @@ class ShapeProbe:
     shapes: dict[int, KVShape] = field(default_factory=dict)
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, cache: SlotCache, scale: float, window: int | None
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cache: SlotCache | None,
+        scale: float,
+        window: int | None,
     ) -> Tensor:
         self.shapes[layer] = KVShape(key.shape[0], key.shape[-1], value.shape[-1])
         out = F.scaled_dot_product_attention(

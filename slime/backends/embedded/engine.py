@@ -65,7 +65,6 @@ class Engine:
         self.cache = SlotCache(model.cache_shapes, settings.max_running_requests, settings.context_length, model.dtype)
         self.max_total_tokens = settings.max_total_tokens or self._affordable_tokens()
         self.max_total_tokens = max(self.max_total_tokens, settings.context_length + 1)
-        model.attention.cache = self.cache
         self.scheduler = Scheduler(settings.max_running_requests, self._has_room)
         self.sampler = Sampler(model.vocab_size)
         self.weight_version = "default"
@@ -129,8 +128,15 @@ class Engine:
                     is_idle = not self._can_step()
                 self.step()
         except BaseException as error:
-            self.failure = error
+            self._fail(error)
             raise
+
+    def _fail(self, error: BaseException) -> None:
+        """Tell everybody who waits that nothing will come any more."""
+        self.failure = error
+        finish = aborted(f"The engine failed: {type(error).__name__}: {error}", status_code=500)
+        for request in [*self.scheduler.running, *self.scheduler.waiting]:
+            self._end(request, finish)
 
     def _can_step(self) -> bool:
         return not self.is_paused and not self.released and len(self.scheduler) > 0
@@ -187,7 +193,7 @@ class Engine:
                 keep += range(first, len(tokens) - 1)
             keep.append(len(tokens) - 1)
         self.prompt_tokens += len(tokens)
-        logits = self.model.logits(tokens, positions, torch.tensor(keep), PrefillBatch(segments))
+        logits = self.model.logits(tokens, positions, torch.tensor(keep), PrefillBatch(segments), self.cache)
         self._score_prompts(logits, scored)
         lasts, position = [], -1
         for group in groups:
@@ -213,7 +219,7 @@ class Engine:
         self.cache.reserve(len(running), self.scheduler.longest())
         positions = torch.tensor([request.num_stored for request in running])
         last = [request.output[-1] for request in running]
-        logits = self.model.logits(last, positions, None, DecodeBatch(positions))
+        logits = self.model.logits(last, positions, None, DecodeBatch(positions), self.cache)
         self._emit(list(range(len(running))), logits)
 
     def _emit(self, rows: list[int], logits: torch.Tensor) -> None:

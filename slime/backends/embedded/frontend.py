@@ -47,6 +47,12 @@ class LiveRequest:
             await self._changed.wait()
             self._changed.clear()
 
+    def raise_failure(self) -> None:
+        """Raise if the request ended because the engine failed."""
+        finish = self.request.finish
+        if finish is not None and finish.shown.get("status_code"):
+            raise RequestError(finish.shown["message"], status=finish.shown["status_code"])
+
     async def wait_change(self) -> None:
         """Return once there is something new."""
         await self._changed.wait()
@@ -128,6 +134,7 @@ class Frontend:
             lives = await _unless(watch, self.start(call))
             for live in lives:
                 await _unless(watch, live.wait_finished())
+                live.raise_failure()
             return [live.replies.final(self.engine.weight_version) for live in lives]
         finally:
             watch.cancel()

@@ -17,6 +17,8 @@ PACKED_FOR_ROWS = 64
 class Matrix(Protocol):
     """The memory of one served matrix [N, K], written and read by blocks of rows."""
 
+    dtype: torch.dtype
+
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x [..., K] -> [..., N]."""
 

@@ -56,7 +56,14 @@ class ServedModel:
         return int(self.text_config.vocab_size)
 
     @torch.inference_mode()
-    def logits(self, tokens: list[int], positions: list[int] | Tensor, keep: Tensor | None, batch: Batch) -> Tensor:
+    def logits(
+        self,
+        tokens: list[int],
+        positions: list[int] | Tensor,
+        keep: Tensor | None,
+        batch: Batch,
+        cache: SlotCache | None,
+    ) -> Tensor:
         """One forward pass over packed tokens.
 
         Args:
@@ -64,11 +71,12 @@ class ServedModel:
             positions: T, where each token stands in its sequence.
             keep: indices of the tokens whose logits are wanted, or None for all.
             batch: which token belongs to which sequence.
+            cache: where keys and values are kept; a batch that keeps nothing takes None.
 
         Returns:
             logits [len(keep), V] in the served dtype.
         """
-        self.attention.batch = batch
+        self.attention.batch, self.attention.cache = batch, cache
         return self.module(
             input_ids=torch.as_tensor(tokens)[None],
             position_ids=torch.as_tensor(positions)[None],
@@ -79,8 +87,7 @@ class ServedModel:
     def _probe(self) -> list[KVShape]:
         """Learn what each layer keeps, from a pass over two tokens; raises if a layer does not attend through us."""
         probe, self.attention.calls = ShapeProbe(), 0
-        self.attention.cache = SlotCache([], 0, 0, self.dtype)
-        self.logits([0, 0], [0, 1], None, probe)
+        self.logits([0, 0], [0, 1], None, probe, None)
         num_layers = int(self.text_config.num_hidden_layers)
         if sorted(probe.shapes) != list(range(num_layers)) or self.attention.calls != num_layers:
             raise ValueError(
@@ -128,6 +135,11 @@ def _replace_layers(module: nn.Module, dtype: torch.dtype, is_tied: bool) -> Ser
     for name, parameter in module.named_parameters():
         if id(parameter) not in stacked_biases:
             weights.add_parameter(dict(_checkpoint_parts(name, parameter)), parameter)
+    for name, buffer in module.named_buffers():
+        if name in names:
+            if any(part in name for part in getattr(module, "_keep_in_fp32_modules_strict", None) or ()):
+                buffer.data = buffer.data.float()
+            weights.add_parameter({name: ()}, buffer)
     order = {name: index for index, name in enumerate(names)}
     weights.places = dict(sorted(weights.places.items(), key=lambda item: order.get(item[0], len(order))))
     return weights
@@ -149,7 +161,7 @@ def _name_of(module: nn.Module, parameter: Tensor) -> str:
     return next(name for name, candidate in module.named_parameters() if candidate is parameter)
 
 
-def _checkpoint_parts(name: str, parameter: nn.Parameter) -> Iterator[tuple[str, tuple[int | slice, ...]]]:
+def _checkpoint_parts(name: str, parameter: Tensor) -> Iterator[tuple[str, tuple[int | slice, ...]]]:
     """The names under which a checkpoint holds a parameter, each with its block of the parameter.
 
     transformers keeps the experts of a layer in two 3-D parameters, checkpoints keep each expert's matrices apart.

@@ -193,7 +193,7 @@ def _change_logits(x: Tensor, row: SamplingRow) -> None:
     for token, bias in row.logit_bias.items():
         x[token] += bias
     if row.forbidden:
-        x[list(row.forbidden)] = float("-inf")
+        x[[token for token in row.forbidden if token < x.shape[0]]] = float("-inf")
 
 
 def _sample_truncated(p: Tensor, total: float, row: SamplingRow, noise: float) -> int:

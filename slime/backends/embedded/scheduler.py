@@ -40,9 +40,9 @@ def reached_length(length: int) -> Finish:
     return Finish({"type": "length", "length": length})
 
 
-def aborted(message: str) -> Finish:
-    """Ended from outside."""
-    return Finish({"type": "abort", "message": message, "status_code": None, "err_type": None})
+def aborted(message: str, status_code: int | None = None) -> Finish:
+    """Ended from outside, or by an error that has an HTTP status."""
+    return Finish({"type": "abort", "message": message, "status_code": status_code, "err_type": None})
 
 
 @dataclass

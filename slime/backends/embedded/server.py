@@ -323,6 +323,14 @@ class ParentWatch:
             await asyncio.sleep(PARENT_POLL_S)
 
 
+async def stop_on_failure(engine: Engine, server: Any) -> None:
+    """Let the process end when the engine's loop has failed, so that whoever watches it starts another."""
+    while engine.failure is None:
+        await asyncio.sleep(PARENT_POLL_S)
+    logger.error("the engine failed: %r", engine.failure)
+    server.should_exit = True
+
+
 async def serve(arguments: argparse.Namespace, parent: ParentWatch) -> None:
     """Load the model, then answer until the process ends."""
     import torch
@@ -368,8 +376,13 @@ async def serve(arguments: argparse.Namespace, parent: ParentWatch) -> None:
         lifespan="off",
     )
     watch = asyncio.create_task(parent.poll())
-    await uvicorn.Server(config).serve()
+    server = uvicorn.Server(config)
+    failed = asyncio.create_task(stop_on_failure(engine, server))
+    await server.serve()
     watch.cancel()
+    failed.cancel()
+    if engine.failure is not None:
+        raise SystemExit(1)
     engine.stop()
 
 

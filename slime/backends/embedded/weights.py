@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from slime.backends.embedded.linear import StackedLinear
 
@@ -27,6 +27,7 @@ class Place(Protocol):
     """Where (a part of) one HuggingFace tensor lives."""
 
     shape: tuple[int, ...]
+    dtype: torch.dtype
 
     def write(self, tensor: Tensor) -> None: ...
 
@@ -36,9 +37,9 @@ class Place(Protocol):
 
 
 class ParameterMemory:
-    """A parameter that the model reads as it is; it can be given back and allocated again."""
+    """A parameter or buffer that the model reads as it is; it can be given back and allocated again."""
 
-    def __init__(self, parameter: nn.Parameter) -> None:
+    def __init__(self, parameter: Tensor) -> None:
         self.parameter, self.full_shape = parameter, tuple(parameter.shape)
 
     def tensor(self) -> Tensor:
@@ -55,7 +56,7 @@ class ParameterPlace:
 
     def __init__(self, memory: ParameterMemory, index: tuple[int | slice, ...] = ()) -> None:
         self.memory, self.index = memory, index
-        self.shape = tuple(memory.parameter.data[index].shape)
+        self.shape, self.dtype = tuple(memory.parameter.data[index].shape), memory.parameter.dtype
 
     def write(self, tensor: Tensor) -> None:
         self.memory.tensor()[self.index] = tensor
@@ -72,7 +73,7 @@ class RowsPlace:
 
     def __init__(self, linear: StackedLinear, part: int) -> None:
         self.linear, self.part = linear, part
-        self.shape = (linear.sizes[part], linear.in_features)
+        self.shape, self.dtype = (linear.sizes[part], linear.in_features), linear.matrix.dtype
 
     def write(self, tensor: Tensor) -> None:
         self.linear.matrix.write(self.linear.starts[self.part], tensor)
@@ -115,18 +116,18 @@ class ServedWeights:
         for part, name in enumerate(names):
             self.places.setdefault(name, []).append(RowsPlace(linear, part))
         if linear.bias is not None:
-            memory = self._memory(linear.bias)  # type: ignore[arg-type]
+            memory = self._memory(linear.bias)
             for start, size, name in zip(linear.starts, linear.sizes, bias_names, strict=True):
                 if name is not None:
                     self.places.setdefault(name, []).append(ParameterPlace(memory, (slice(start, start + size),)))
 
-    def add_parameter(self, parts: dict[str, tuple[int | slice, ...]], parameter: nn.Parameter) -> None:
-        """A parameter the model reads as it is; `parts` says which block of it each HuggingFace name is."""
+    def add_parameter(self, parts: dict[str, tuple[int | slice, ...]], parameter: Tensor) -> None:
+        """A parameter or buffer the model reads as it is; `parts` says which block of it each HuggingFace name is."""
         memory = self._memory(parameter)
         for name, index in parts.items():
             self.places.setdefault(name, []).append(ParameterPlace(memory, index))
 
-    def _memory(self, parameter: nn.Parameter) -> ParameterMemory:
+    def _memory(self, parameter: Tensor) -> ParameterMemory:
         self._parameters.append(ParameterMemory(parameter))
         return self._parameters[-1]
 
@@ -160,8 +161,9 @@ class ServedWeights:
             shape = self.shape(info.name)
             if tuple(info.shape) != shape:
                 raise WeightError(f"{info.name} came as {list(info.shape)} but is served as {list(shape)}.")
-            if same_dtype and info.dtype != self.dtype:
-                raise WeightError(f"{info.name} came as {info.dtype} but the engine serves {self.dtype}: cast first.")
+            dtype = self.places[info.name][0].dtype
+            if same_dtype and info.dtype != dtype:
+                raise WeightError(f"{info.name} came as {info.dtype} but is served as {dtype}: cast it first.")
 
     # In and out
 
@@ -175,7 +177,7 @@ class ServedWeights:
         count = 0
         for name, tensor in named:
             for place in self.places[name]:
-                place.write(tensor.to(self.dtype))
+                place.write(tensor.to(place.dtype))
                 touched[id(place.linear if isinstance(place, RowsPlace) else place)] = place
             self.loaded.add(name)
             count += 1
