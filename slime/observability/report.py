@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from slime.observability.metric_names import STEP_PHASES
-from slime.observability.run_log import read_metrics
+from slime.observability.run_log import read_lines, read_metrics
 from slime.observability.step_line import eval_scores
 
 REWARD = "rollout/raw_reward"
@@ -18,15 +18,16 @@ def summarise(run_dir: Path | str) -> dict[str, Any]:
 
     Returns:
         `steps`; `reward_first` and `reward_last` (means of the first 3 and last 5 steps, fewer if there are fewer)
-        with `reward_gain`; `eval`: task -> {first, last, first_step, last_step}; `wall_s`: the sum of step times;
-        `phases_s`: phase -> seconds over the run, `other` among them; `logprob_difference`: mean over the steps, nat.
+        with `reward_gain`; `eval`: task -> {first, last, first_step, last_step}; `wall_s`: the sum of step times,
+        repeated steps of a resumed run included; `phases_s`: phase -> seconds over the run, `other` among them;
+        `logprob_difference`: mean over the steps, nat.
     """
-    lines = read_metrics(run_dir)
+    lines, written = read_metrics(run_dir), list(read_lines(run_dir))
     steps = [line for line in lines if line["step"] >= 0]
     rewards = _column(steps, REWARD)
     first, last = _mean(rewards[:FIRST_STEPS]), _mean(rewards[-LAST_STEPS:])
     names = [*STEP_PHASES, "other"]
-    phases = {name: sum(_column(lines, f"perf/{name}_time")) for name in names}
+    phases = {name: sum(_column(written, f"perf/{name}_time")) for name in names}
     return {
         "run_dir": str(run_dir),
         "steps": len(steps),
@@ -34,7 +35,7 @@ def summarise(run_dir: Path | str) -> dict[str, Any]:
         "reward_last": last,
         "reward_gain": None if first is None or last is None else last - first,
         "eval": _evaluations(lines),
-        "wall_s": sum(_column(lines, "perf/step_time")),
+        "wall_s": sum(_column(written, "perf/step_time")),
         "phases_s": {name: seconds for name, seconds in phases.items() if seconds > 0},
         "logprob_difference": _mean(_column(steps, "train/train_rollout_logprob_abs_diff")),
     }

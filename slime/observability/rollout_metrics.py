@@ -35,7 +35,15 @@ def rollout_metrics(
     own = sample_metrics(args, flat)
     if getattr(args, "advantage_estimator", None) != "ppo":
         own |= _zero_std(args, flat)
-    return dict_add_prefix(own, "rollout/") | _speed(args, flat, elapsed_s) | trace_metrics(flat) | dict(metrics or {})
+    result = dict_add_prefix(own, "rollout/") | _speed(args, flat, elapsed_s) | trace_metrics(flat)
+    if getattr(args, "log_passrate", False):
+        result |= _pass_rate(args, flat)
+    if getattr(args, "log_multi_turn", False):
+        result |= _multi_turn(flat)
+    if getattr(args, "log_correct_samples", False):
+        correct = [sample for sample in flat if _numeric_rewards(args, [sample]) == [1.0]]
+        result |= dict_add_prefix(sample_metrics(args, correct, with_reward=False), "rollout/correct/")
+    return result | dict(metrics or {})
 
 
 def eval_metrics(
@@ -138,14 +146,42 @@ def _numeric_rewards(args: argparse.Namespace, samples: Sequence[Sample]) -> lis
 
 def _zero_std(args: argparse.Namespace, samples: Sequence[Sample]) -> dict[str, Any]:
     """How many groups earned one and the same reward, by that reward."""
+    equal = [rewards for rewards in _group_rewards(args, samples) if max(rewards) == min(rewards)]
+    counts = Counter(round(rewards[0], 1) for rewards in equal)
+    return {f"zero_std/count_{reward}": count for reward, count in sorted(counts.items())}
+
+
+def _pass_rate(args: argparse.Namespace, samples: Sequence[Sample]) -> dict[str, Any]:
+    """pass@k over the whole groups (--log-passrate)."""
+    size = getattr(args, "n_samples_per_prompt", 1)
+    whole = [rewards for rewards in _group_rewards(args, samples) if len(rewards) == size]
+    if not whole:
+        return {}
+    return dict_add_prefix(compute_pass_rate([reward for group in whole for reward in group], size), "passrate/")
+
+
+def _multi_turn(samples: Sequence[Sample]) -> dict[str, Any]:
+    """Lengths with and without what tools and environments said, and the number of turns (--log-multi-turn)."""
+    columns = {
+        "raw_response_length/response_length": [sample.response_length for sample in samples],
+        "wo_obs_response_length/response_length": [sample.effective_response_length for sample in samples],
+        "multi_turn_metric/round_number": [s.metadata["round_number"] for s in samples if "round_number" in s.metadata],
+    }
+    statistics_of = {name: compute_statistics(values) for name, values in columns.items()}
+    return {
+        f"multi_turn/{name}_{key}": values[key]
+        for name, values in statistics_of.items()
+        for key in ("mean", "max", "min")
+        if values
+    }
+
+
+def _group_rewards(args: argparse.Namespace, samples: Sequence[Sample]) -> list[list[float]]:
+    """The rewards of each group, by group index; a group with a missing reward is left out."""
     grouped = [sample for sample in samples if sample.group_index is not None]
     grouped.sort(key=lambda sample: sample.group_index or 0)
-    counts: Counter[float] = Counter()
-    for _, members in groupby(grouped, key=lambda sample: sample.group_index):
-        rewards = _numeric_rewards(args, list(members))
-        if rewards and max(rewards) == min(rewards):
-            counts[round(rewards[0], 1)] += 1
-    return {f"zero_std/count_{reward}": count for reward, count in sorted(counts.items())}
+    groups = (list(members) for _, members in groupby(grouped, key=lambda sample: sample.group_index))
+    return [rewards for members in groups if (rewards := _numeric_rewards(args, members))]
 
 
 def _engine(args: argparse.Namespace, samples: Sequence[Sample]) -> dict[str, Any]:

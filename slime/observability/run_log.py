@@ -114,17 +114,16 @@ def to_number(name: str, value: Any) -> int | float:
 
 
 def read_metrics(run_dir: Path | str) -> list[dict[str, Any]]:
-    """The steps of a run by number; of a step written twice (a resumed run repeats it) each metric's last value counts.
-
-    A line that a crash tore is left out with a warning.
-    """
+    """The steps of a run by number; where a resumed run repeats a step, each metric's last value counts."""
     steps: dict[int, dict[str, Any]] = {}
-    for line in _read_lines(Path(run_dir) / METRICS_FILE):
+    for line in read_lines(run_dir):
         steps.setdefault(line["step"], {}).update(line)
     return [steps[number] for number in sorted(steps)]
 
 
-def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
+def read_lines(run_dir: Path | str) -> Iterator[dict[str, Any]]:
+    """The lines of a run as they were written; one that a crash tore is left out with a warning."""
+    path = Path(run_dir) / METRICS_FILE
     if not path.exists():
         raise FileNotFoundError(f"{path} is not there: either this is not a run's folder, or no step was finished.")
     with path.open(encoding="utf-8") as lines:

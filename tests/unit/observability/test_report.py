@@ -41,6 +41,14 @@ def test_the_text_shows_both_ends_and_shares_of_the_time(run_dir: Path) -> None:
     assert "generate 48 s (60%)" in text and "1.0e-05 nat" in text
 
 
+def test_the_time_of_a_repeated_step_was_spent_all_the_same(run_dir: Path) -> None:
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "rollout/raw_reward": 1.2, "perf/train_time": 2.0, "perf/step_time": 2.0}\n')
+    summary = summarise(run_dir)
+    assert summary["steps"] == 8 and summary["wall_s"] == 82.0 and summary["phases_s"]["train"] == 26.0
+    assert summary["reward_last"] == pytest.approx(0.6)
+
+
 def test_a_run_without_rewards_has_none_rather_than_zero(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "train/loss": 1.0}\n')
     summary = summarise(tmp_path)

@@ -119,6 +119,31 @@ def test_the_nucleus_is_counted_per_token() -> None:
     assert rollout_metrics(Namespace(), samples, None, 1.0)["rollout/top_p_kept_vocab_per_token"] == 1.5
 
 
+def test_pass_rates_are_over_whole_groups() -> None:
+    samples = [sample(reward=r, group_index=g) for g, r in ((0, 1.0), (0, 0.0), (1, 0.0), (1, 0.0), (2, 1.0))]
+    result = rollout_metrics(Namespace(log_passrate=True, n_samples_per_prompt=2), samples, None, 1.0)
+    assert {n: v for n, v in result.items() if n.startswith("passrate/")} == {
+        "passrate/pass@1": 0.25,
+        "passrate/pass@2": 0.5,
+    }
+
+
+def test_conversations_are_measured_with_and_without_what_tools_said() -> None:
+    samples = [sample(4, loss_mask=[1, 0, 0, 1], metadata={"round_number": 3}), sample(2)]
+    result = rollout_metrics(Namespace(log_multi_turn=True), samples, None, 1.0)
+    assert result["multi_turn/raw_response_length/response_length_max"] == 4
+    assert result["multi_turn/wo_obs_response_length/response_length_mean"] == 2
+    assert result["multi_turn/multi_turn_metric/round_number_min"] == 3
+    assert metric_names.undeclared(result) == []
+
+
+def test_the_correct_samples_can_be_measured_on_their_own() -> None:
+    samples = [sample(10, 1.0), sample(2, 0.0), sample(6, 1.0)]
+    result = rollout_metrics(Namespace(log_correct_samples=True), samples, None, 1.0)
+    assert result["rollout/correct/num_samples"] == 2 and result["rollout/correct/response_len/mean"] == 8
+    assert metric_names.undeclared(result) == []
+
+
 def test_an_empty_rollout_has_a_time_and_nothing_else() -> None:
     assert rollout_metrics(Namespace(), [], None, 1.0) == {"perf/rollout_time": 1.0}
 

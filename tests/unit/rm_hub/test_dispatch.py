@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from slime.config.rules.algorithm import REWARDS
 from slime.rollout.rm_hub import RewardError, async_rm, batched_async_rm, known_types, remote, remote_rm
 from slime.rollout.rm_hub.dispatch import GRADERS
 from slime.utils.types import Sample
@@ -58,6 +59,10 @@ async def test_an_unknown_type_lists_the_known(rm_type: str | None) -> None:
     for name in (*known_types(), "boxed_", "--custom-rm-path"):
         assert name in str(error.value)
     assert set(GRADERS) < set(known_types())
+
+
+def test_the_flags_check_knows_the_same_types() -> None:
+    assert set(REWARDS) == {name.partition(":")[0] for name in known_types()}
 
 
 async def test_a_reward_that_raises_names_the_sample_and_its_type() -> None:
