@@ -100,11 +100,14 @@ def load(
         ValueError: the checkpoint was saved without what is asked for.
     """
     path = iteration_path(folder, iteration)
+    common = dist_checkpointing.load_common_state_dict(str(path))
     if optimizer is not None:
-        if not dist_checkpointing.load_common_state_dict(str(path)).get("has_optimizer", False):
+        if not common.get("has_optimizer", False):
             raise ValueError(f"{path} was saved without the optimizer (--no-save-optim): give --no-load-optim.")
         _make_first_states(optimizer)
     state = _sharded_state(models, optimizer, scheduler, iteration, is_loading=True)
+    if not with_random_state or common.get("layout") != _layout():
+        state.pop("random_state", None)  # each rank's is its own; other ranks start from --seed
     loaded = dist_checkpointing.load(state, str(path))
     for i, model in enumerate(models):
         unwrap(model).load_state_dict(loaded[f"model{i}"])
@@ -113,7 +116,7 @@ def load(
         _separate_step_counters(optimizer)
     if scheduler is not None:
         scheduler.load_state_dict(loaded["scheduler"])
-    if scheduler is not None and with_random_state:
+    if "random_state" in loaded:
         set_random_state(loaded["random_state"])
 
 
@@ -125,7 +128,7 @@ def _sharded_state(
     *,
     is_loading: bool,
 ) -> dict[str, Any]:
-    state: dict[str, Any] = {"iteration": iteration, "has_optimizer": optimizer is not None}
+    state: dict[str, Any] = {"iteration": iteration, "has_optimizer": optimizer is not None, "layout": _layout()}
     for i, model in enumerate(models):
         state[f"model{i}"] = unwrap(model).sharded_state_dict(metadata=dict(_METADATA))
     if optimizer is not None:
@@ -139,12 +142,16 @@ def _sharded_state(
 def _sharded_random_state() -> ShardedObject:
     """One state a pipeline stage and tensor-parallel rank; data-parallel ranks share theirs."""
     pp, tp = parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_tensor_model_parallel_rank()
-    grid = (
+    replica = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+    return ShardedObject("random_state", random_state(), _layout(), (pp, tp), replica_id=replica)
+
+
+def _layout() -> tuple[int, int]:
+    """Pipeline stages and tensor-parallel ranks."""
+    return (
         parallel_state.get_pipeline_model_parallel_world_size(),
         parallel_state.get_tensor_model_parallel_world_size(),
     )
-    replica = parallel_state.get_data_parallel_rank(with_context_parallel=True)
-    return ShardedObject("random_state", random_state(), grid, (pp, tp), replica_id=replica)
 
 
 def _write_here(request: AsyncRequest) -> None:

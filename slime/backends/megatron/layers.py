@@ -12,6 +12,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -35,11 +36,8 @@ class Norm:
         return norm
 
 
-class SwiGLU(torch.nn.Module):
-    """The MLP's activation: [..., 2 f] -> [..., f]."""
-
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__()
+class SwiGLU(MegatronModule):
+    """The MLP's activation: [..., 2 f] -> [..., f]. (MegatronModule: the MLP asks its parts for checkpoint keys.)"""
 
     def forward(self, x: Tensor) -> Tensor:
         return swiglu(x)

@@ -162,9 +162,7 @@ def test_several_steps_a_rollout_compare_with_the_policy_before_the_first(ranks:
     assert "rollout/log_probs" not in once["metrics"][0], "one step needs no pass before it"
 
 
-def test_samples_without_response_or_trained_token_change_nothing_but_the_divisor(
-    ranks: RankPool, model: Path
-) -> None:
+def test_samples_without_response_or_trained_token_change_nothing_but_the_divisor(ranks: RankPool, model: Path) -> None:
     lengths = [5, 0, 0, 0, 4, 3, 6, 2]  # the second group has no token at all
     data = tiny.rollout(seed=6, response_lengths=lengths)
     data["loss_masks"][4] = [0] * 4

@@ -16,7 +16,9 @@ from slime.models.hf_folder import INDEX_FILE, HfReader, save_hf_folder
 def origin(tmp_path: Path) -> Path:
     folder = tmp_path / "origin"
     (folder / "extra").mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "torch_dtype": "bfloat16", "dtype": "bfloat16"}))
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": "llama", "torch_dtype": "bfloat16", "dtype": "bfloat16"})
+    )
     (folder / "tokenizer.json").write_text("{}")
     (folder / "chat_template.jinja").write_text("x")
     (folder / "extra" / "note.txt").write_text("y")

@@ -10,7 +10,9 @@ from slime.models.shape import UnsupportedModelError
 from slime.models.table import EMBEDDING, OUTPUT_LAYER, QueryKeyValue, Same, Stacked, Vocabulary, shard, unshard
 
 
-def _shape(groups: int = 2, heads_per_group: int = 3, head_dim: int = 2, vocab: int = 7, tied: bool = False) -> ModelShape:
+def _shape(
+    groups: int = 2, heads_per_group: int = 3, head_dim: int = 2, vocab: int = 7, tied: bool = False
+) -> ModelShape:
     heads = groups * heads_per_group
     return ModelShape(
         2, heads * head_dim, 8, heads, groups, head_dim, vocab, 64, 1e-6, RotaryShape(head_dim, 10000.0), tied
@@ -33,7 +35,12 @@ def test_gate_and_up_are_sliced_each_for_itself() -> None:
 
 @settings(deadline=None, max_examples=40)
 @given(
-    st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.sampled_from([1, 2, 4]), st.integers(0, 99), st.booleans()
+    st.integers(1, 4),
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.sampled_from([1, 2, 4]),
+    st.integers(0, 99),
+    st.booleans(),
 )
 def test_joining_slicing_gathering_and_splitting_give_the_same_tensors(
     groups: int, heads_per_group: int, head_dim: int, tp_size: int, seed: int, is_bias: bool
