@@ -12,7 +12,7 @@ from slime.config.errors import ConfigError, did_you_mean
 
 NUM_ROWS = 100
 _SLICE = re.compile(r"(?P<path>.*)@\[(?P<start>-?\d*):(?P<stop>-?\d*)\]")
-NEEDS_LABEL = ("math", "deepscaler", "dapo", "f1")
+NEEDS_LABEL = ("math", "deepscaler", "dapo", "f1", "answer_tag", "last_number")
 
 
 @dataclass(frozen=True)

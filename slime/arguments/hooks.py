@@ -36,8 +36,7 @@ class Hook:
     def call(self) -> str:
         """The call in words, for errors."""
         parts = [*self.positional, *(f"{k}=..." for k in self.keywords)]
-        prefix = "async " if self.is_async else ""
-        return f"{prefix}def {self.default_names[0] if self.default_names else 'fn'}({', '.join(parts)})"
+        return f"{'async ' if self.is_async else ''}def fn({', '.join(parts)})"
 
 
 HOOKS = tuple(
@@ -95,11 +94,10 @@ GENERATE_LIST = Hook(
 REWARD = Hook(
     "custom_rm_path",
     ("args", "sample"),
-    is_async=True,
-    default_names=("custom_rm", "CustomRewardModel", "reward_func", "compute_reward"),
+    default_names=("CustomRewardModel", "custom_rm", "reward_func", "compute_reward"),
 )
 REWARD_CLASS = Hook("custom_rm_path", ("prompts", "responses"))
-_SYNCHRONOUS_EXCEPT = {"rollout_sample_hook_path"}  # may be either
+_EITHER = {"rollout_sample_hook_path", "custom_rm_path"}  # plain or async
 
 
 def check_hooks(values: dict[str, Any]) -> None:
@@ -158,7 +156,7 @@ def _check_function(hook: Hook, found: Found, path: str, flag: str | None = None
     if isinstance(node, ast.ClassDef):
         raise ConfigError(f"{flag} {path}: {found.where} is a class; slime calls a function: {hook.call}")
     is_async = isinstance(node, ast.AsyncFunctionDef)
-    if is_async and not hook.is_async and hook.dest not in _SYNCHRONOUS_EXCEPT:
+    if is_async and not hook.is_async and hook.dest not in _EITHER:
         raise ConfigError(f"{flag} {path}: {found.where} is `async def`, but is called directly; write {hook.call}")
     if hook.is_async and is_never_awaitable(node):
         raise ConfigError(f"{flag} {path}: {found.where} is a plain `def`, but is awaited; write {hook.call}")

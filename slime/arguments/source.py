@@ -71,11 +71,13 @@ def _default_of_file(flag: str, path: str, default_names: tuple[str, ...]) -> Fo
     file = _user_file(flag, path, path)
     tree = parse(flag, file)
     own = [n.name for n in definitions(tree.body) if not n.name.startswith("_")]
-    for name in (*default_names, file.stem):
-        if name in own or name in _bound_names(tree):
-            return _in_file(flag, path, file, name)
-    if len(own) == 1:
-        return _in_file(flag, path, file, own[0])
+    named = [name for name in (*default_names, file.stem) if name in own or name in _bound_names(tree)]
+    # What a file imports is meant only if it defines nothing itself.
+    candidates = [name for name in named if name in own or _imported_from(tree, name) is None]
+    candidates += own if len(own) == 1 else []
+    candidates += named if not own else []
+    if candidates:
+        return _in_file(flag, path, file, candidates[0])
     wanted = default_names[0] if default_names else file.stem
     raise ConfigError(
         f"{flag} {path}: does not say which function is meant; the file defines {', '.join(own) or 'none'}. "

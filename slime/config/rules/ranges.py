@@ -90,7 +90,7 @@ def numbers_are_in_range(config: Config) -> None:
 
 
 def templates_name_the_rollout(config: Config) -> None:
-    """A path that is written more than once must contain the rollout's number, or each file would overwrite the last."""
+    """A path that is written more than once must hold the rollout's number, or each file would overwrite the last."""
     problems = Problems()
     for path, (part, example) in TEMPLATES.items():
         value = _value(config, path)

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from slime.arguments.hooks import HOOKS, check_hooks
+from slime.arguments.hooks import GENERATE, HOOKS, REWARD, check_hooks
 from slime.arguments.source import find
 from slime.config.errors import ConfigError
 from slime.config.flags import default_of
 from slime.config.groups import GROUPS
+from slime.config.rules.algorithm import REWARDS
 
 
 def hooks(**values: object) -> None:
@@ -65,7 +66,7 @@ def test_forms_of_a_generate_function_that_are_accepted(form: str, path: str, pl
         ("async def fn(args, sample, sampling_params, tools): ...", "asks for tools"),
         ("async def fn(args, sample, sampling_params, *, tools): ...", "asks for tools"),
         ("async def fn(args, samples, tools): ...", "asks for tools"),
-        ("def fn(args, sample, sampling_params): return 1.0", "async def custom_generate"),
+        ("def fn(args, sample, sampling_params): return 1.0", "async def fn"),
         ("class fn: ...", "is a class"),
     ],
 )
@@ -82,6 +83,14 @@ def test_a_bare_file_means_the_conventional_name_then_its_own_then_the_only_one(
     for name, expected in (("a", "generate"), ("b", "b"), ("c", "only")):
         found = find("--flag", f"{name}.py", ("custom_generate", "generate"))
         assert found.node is not None and found.node.name == expected
+
+
+def test_what_a_bare_file_imports_is_meant_only_if_it_defines_nothing(plugins: Path) -> None:
+    write(plugins, "base.py", "async def generate(args, sample, sampling_params): ...")
+    write(plugins, "own.py", "from base import generate\nasync def mine(args, sample, sampling_params): ...")
+    write(plugins, "again.py", "from base import generate")
+    for name, expected in (("own", "own.py:mine"), ("again", "base.py:generate")):
+        assert find("--flag", f"{name}.py", ("custom_generate", "generate")).where.startswith(expected)
 
 
 def test_a_name_is_followed_to_where_it_is_defined(plugins: Path) -> None:
@@ -105,18 +114,19 @@ def test_a_circle_of_imports_ends(plugins: Path) -> None:
     assert find("--flag", "x.fn").node is None
 
 
-REWARDS = {
+REWARD_FORMS = {
     "single": "async def fn(args, sample, **kwargs): ...",
     "batch": "async def fn(args, samples): ...",
-    "class": "class fn:\n    def __init__(self, model_path): ...\n    def compute_reward(self, prompts, responses): ...",
+    "plain": "def fn(args, sample): return 1.0",
+    "class": "class fn:\n    def __init__(self, path): ...\n    def compute_reward(self, prompts, responses): ...",
     "class without a model": "class fn:\n    def compute_reward(self, prompts, responses): ...",
     "class with a parent": "class fn(Base): ...",
 }
 
 
-@pytest.mark.parametrize("form", REWARDS)
+@pytest.mark.parametrize("form", REWARD_FORMS)
 def test_forms_of_a_reward_that_are_accepted(form: str, plugins: Path) -> None:
-    write(plugins, "my_reward.py", REWARDS[form])
+    write(plugins, "my_reward.py", REWARD_FORMS[form])
     hooks(custom_rm_path="my_reward.fn", rm_model_path="judge")
 
 
@@ -165,6 +175,21 @@ def test_several_wrong_hooks_are_reported_together(plugins: Path) -> None:
     with pytest.raises(ConfigError) as error:
         hooks(rollout_sample_hook_path=["h.f", "h.g"], custom_megatron_init_path="nowhere.f")
     assert len(error.value.messages) == 3
+
+
+def test_names_of_a_bare_file_are_those_that_the_rollout_looks_for() -> None:
+    from slime.rollout.rm_hub.custom import DEFAULT_NAMES
+    from slime.rollout.sglang_rollout import GENERATE_NAMES
+
+    assert REWARD.default_names == DEFAULT_NAMES
+    assert GENERATE.default_names == GENERATE_NAMES
+
+
+def test_every_built_in_reward_is_known_and_no_other() -> None:
+    from slime.rollout.rm_hub.dispatch import GRADERS, REMOTE
+    from slime.rollout.rm_hub.reasoning_gym_tasks import PREFIX
+
+    assert set(REWARDS) == {*GRADERS, REMOTE, PREFIX.rstrip(":_/")}
 
 
 def test_slimes_own_hooks_fit_their_flags() -> None:

@@ -17,7 +17,7 @@ IN_SUBPROCESS = [IN_PROCESS[rule] for rule in (
     "everything missing",
     "a global batch that does not divide",
     "a row that is not JSON",
-    "a reward that cannot be awaited",
+    "a generate function that cannot be awaited",
 )]  # fmt: skip
 
 
@@ -49,7 +49,10 @@ def test_each_command_line_breaks_another_rule() -> None:
 
 
 def test_independent_mistakes_are_reported_together(files: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
-    words = "--rollout-temperature 0 --rm-type maths --gloabl-batch-size 8 --prompt-data {dir}/none.jsonl --save-interval 1 --save-hf x"
+    words = (
+        "--rollout-temperature 0 --rm-type maths --gloabl-batch-size 8 --prompt-data {dir}/none.jsonl "
+        "--save-interval 1 --save-hf x"
+    )
     with pytest.raises(SystemExit) as stopped:
         parse_args(Wrong("", words, "", "").command_line(files))
     message = capsys.readouterr().err

@@ -102,6 +102,10 @@ def rollout(args, rollout_id, data_source):
     return []
 
 
+def generate(args, sample, sampling_params):
+    return 1.0
+
+
 class Source:
     def add_samples(self, samples):
         pass
@@ -182,7 +186,8 @@ WRONG_COMMAND_LINES = (
     Wrong("a choice that is none", "--advantage-estimator gpro", "--advantage-estimator", "grpo"),
     Wrong("a flag without its value", "--lr", "--lr", "type a value after it"),
     Wrong("a switch with a value", "--colocate=yes", "--colocate", "type --colocate alone"),
-    Wrong("JSON that is none", "--apply-chat-template-kwargs {a:1}", "--apply-chat-template-kwargs", '{"key": "value"}'),
+    Wrong("JSON that is none", "--apply-chat-template-kwargs {a:1}", "--apply-chat-template-kwargs",
+          '{"key": "value"}'),
     Wrong("a list expression that is none", "--moe-layer-freq [0]*x", "--moe-layer-freq", "[0]*3+[1]*58"),
     # what no default can know
     Wrong("everything missing", "", "--hf-checkpoint", "--rollout-batch-size N", tuple(BASE)),
@@ -321,7 +326,8 @@ WRONG_COMMAND_LINES = (
           "Did you mean reward"),
     Wrong("a file with many functions", "--custom-rm-path {dir}/my_plugins.py", "--custom-rm-path",
           "my_plugins.py:NAME"),
-    Wrong("a reward that cannot be awaited", "--custom-rm-path {dir}/my_plugins.py:reward", "--custom-rm-path",
+    Wrong("a generate function that cannot be awaited",
+          "--custom-generate-function-path {dir}/my_plugins.py:generate", "--custom-generate-function-path",
           "async def"),
     Wrong("a parameter that slime does not pass", "--custom-rm-path {dir}/my_plugins.py:needs_more",
           "--custom-rm-path", "asks for temperature"),

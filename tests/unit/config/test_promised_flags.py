@@ -10,6 +10,8 @@ from slime.config.flags import Flag
 from tests.unit.config.promised_flags import CHANGED, FLAGS, MEGATRON
 
 LINES = [line.split(maxsplit=2) for line in FLAGS.strip().splitlines()]
+SET_BY_SLIME = """model_path config trust_remote_code random_seed enable_memory_saver tp_size port nnodes node_rank
+dist_init_addr gpu_id_step base_gpu_id nccl_port skip_server_warmup enable_return_routed_experts"""
 OWN = {name: flag for flag in slime_flags() for name in flag.names}
 
 
@@ -44,10 +46,7 @@ def test_sessions_may_be_kept_together_by_the_router() -> None:
     assert {"cache_aware", "consistent_hashing"} <= set(policy.choices)
 
 
-@pytest.mark.parametrize(
-    "dest",
-    ["model_path", "config", "trust_remote_code", "random_seed", "enable_memory_saver", "tp_size", "port", "nnodes", "node_rank", "dist_init_addr", "gpu_id_step", "base_gpu_id", "nccl_port", "skip_server_warmup", "enable_return_routed_experts"],
-)
+@pytest.mark.parametrize("dest", SET_BY_SLIME.split())
 def test_what_slime_sets_on_an_engine_is_no_flag(dest: str) -> None:
     assert f"sglang_{dest}" not in {flag.dest for flag in table_flags()["sglang"]}
 
