@@ -58,7 +58,8 @@ def finish(line: CommandLine, *, loop: Loop, machine: Machine) -> Namespace:
     given = set(line.given)
     if values["custom_config_path"]:
         with problems.collected():
-            entries = read_custom_config(values["custom_config_path"], values)
+            flags = [*slime_flags(), *(flag for flags in table_flags().values() for flag in flags)]
+            entries = read_custom_config(values["custom_config_path"], values, flags)
             values |= entries
             given |= entries.keys() & values.keys()
     rows = _first_rows("--prompt-data", values["prompt_data"], problems)
@@ -210,13 +211,13 @@ def _finished(values: dict[str, Any], config: Config, plan: Plan) -> Namespace:
     if config.skips_engines:
         merged = {k: v for k, v in merged.items() if not k.startswith(("sglang_", "router_"))}
     known = {f.dest for f in slime_flags()}
-    decided = config.given | plan.updates.keys()
+    decided = config.given | plan.updates.keys() | known  # slime's defaults hold over Megatron's
     field_dests: dict[str, str] = {}
     for flag in table("megatron"):
         for field in flag.fields:
             if field not in known:
                 merged[field] = merged[flag.dest]
-            if flag.dest in decided:
+            if flag.dest in decided and merged[flag.dest] is not None:
                 field_dests[field] = flag.dest
     args = Namespace(**merged)
     args.megatron_field_dests = field_dests

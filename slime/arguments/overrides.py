@@ -2,13 +2,14 @@
 
 import copy
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from slime.arguments.flag_tables import table
-from slime.config.errors import ConfigError, did_you_mean
+from slime.config.errors import ConfigError, Problems, did_you_mean
 from slime.config.eval_datasets import read_yaml
+from slime.config.flags import Flag
 
 _ROLES = ("actor", "critic")
 _NOT_OVERRIDDEN = ("num_nodes", "num_gpus_per_node")
@@ -21,11 +22,15 @@ _CRITIC = {
 }
 
 
-def read_custom_config(path: str, values: Mapping[str, Any]) -> dict[str, Any]:
+def read_custom_config(path: str, values: Mapping[str, Any], flags: Iterable[Flag]) -> dict[str, Any]:
     """Entries of --custom-config-path, text that stands for a number turned into one.
 
+    Args:
+        values: what `args` has so far.
+        flags: those whose values are checked; other names may hold anything.
+
     Raises:
-        ConfigError: the file is missing or is not a mapping of names.
+        ConfigError: the file is missing or is not a mapping of names, or a flag cannot have its value.
     """
     flag = f"--custom-config-path {path}"
     entries = read_yaml(_text_of(flag, path), flag)
@@ -33,7 +38,31 @@ def read_custom_config(path: str, values: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     if not isinstance(entries, dict) or not all(isinstance(k, str) and k.isidentifier() for k in entries):
         raise ConfigError(f"{flag}: is not a mapping of names; write lines like `max_turns: 5`")
-    return {name: coerced(value, values.get(name)) for name, value in entries.items()}
+    entries = {name: coerced(value, values.get(name)) for name, value in entries.items()}
+    problems = Problems()
+    for item in flags:
+        if item.dest in entries and (problem := _problem_of_value(item, entries[item.dest])):
+            problems.add(f"{flag}: {item.dest} is {entries[item.dest]!r}; {problem}")
+    problems.raise_if_any()
+    return entries
+
+
+def _problem_of_value(flag: Flag, value: Any) -> str | None:
+    """Why a flag cannot have this value, in words; None if it can, or if only the flag's own type would tell."""
+    if value is None:
+        return None
+    if flag.is_switch:
+        return None if isinstance(value, bool) else "it must be true or false"
+    if flag.choices and flag.nargs is None and value not in flag.choices:
+        near = did_you_mean(str(value), [str(c) for c in flag.choices])
+        return f"it must be one of {', '.join(map(str, flag.choices))}.{near}"
+    if flag.kind == "value" and flag.value_type in ("int", "float"):
+        allowed = int if flag.value_type == "int" else int | float
+        is_number = isinstance(value, allowed) and not isinstance(value, bool)
+        return None if is_number else f"it must be a {'whole ' if flag.value_type == 'int' else ''}number"
+    if flag.kind in ("list", "extend", "append") and not isinstance(value, list):
+        return "it must be a list"
+    return None
 
 
 def coerced(value: Any, existing: Any) -> Any:

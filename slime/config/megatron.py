@@ -23,7 +23,7 @@ _FUSIONS = (
 
 def megatron_fields(args: Namespace) -> dict[str, Any]:
     """Field of Megatron-core's dataclasses -> value, for every field that the user set, that the model's config.json
-    says or that slime forces; all others keep the dataclass's default.
+    says or that slime decides; all others keep the dataclass's default.
 
     Values are plain: names for enumerations (attention_backend) and for number formats (`fp32`).
 

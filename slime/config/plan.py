@@ -8,6 +8,8 @@ from slime.config.batches import Batch
 from slime.config.devices import Choice, Parallel, Placement
 from slime.config.paths import RunPaths, Start
 
+TRAINER = "trainer ranks"
+
 
 @dataclass(frozen=True)
 class Process:
@@ -73,12 +75,16 @@ class Plan:
             ("device", f"{self.device.value} ({self.device.reason})"),
             ("devices", needed),
             ("dtype", f"{self.dtype.value} ({self.dtype.reason})"),
-            ("engine", f"{self.engine.value} ({self.engine.reason})"),
+            ("engine", f"{self.engine.value} ({self.engine.reason})" if p.num_engines else "none is started"),
             ("phases", self._phases()),
             ("parallel", f"tensor {q.tensor} x pipeline {q.pipeline} x context {q.context} x data {q.data}"),
         ]
 
     def _phases(self) -> str:
+        if not self.placement.num_engines:
+            return "training alone"
+        if not any(process.name == TRAINER for process in self.processes):
+            return "generation alone"
         if self.loop == "async":
             return "generation and training run together"
         shared = "on the same devices" if self.placement.colocate else "each on its own devices"

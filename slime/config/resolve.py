@@ -19,7 +19,7 @@ from slime.config.keys import guessed_keys
 from slime.config.megatron import forced_values
 from slime.config.model_shape import architecture_of, compare_with_config, count_parameters, shape_of
 from slime.config.paths import RunPaths, Start, run_paths, starting_point
-from slime.config.plan import Plan, Process
+from slime.config.plan import TRAINER, Plan, Process
 from slime.config.rules import RULES
 
 _SGLANG_ALIASES = {
@@ -233,7 +233,7 @@ def _processes(config: Config, p: Placement, engine: str) -> tuple[Process, ...]
             Process(f"engines ({engine})", p.num_engines, p.rollout_num_gpus_per_engine, p.rollout_threads)
         )
     if not config.debug.debug_rollout_only:
-        processes.append(Process("trainer ranks", p.world_size, 1, p.train_threads))
+        processes.append(Process(TRAINER, p.world_size, 1, p.train_threads))
         if config.algorithm.advantage_estimator == "ppo":
             processes.append(Process("critic ranks", p.world_size, 0, p.train_threads))
     return tuple(processes)

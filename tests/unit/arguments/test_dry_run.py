@@ -87,3 +87,19 @@ def test_help_shows_every_flag_of_slime(flag: str, repository: Path) -> None:
     assert "--sglang-mem-fraction-static" in process.stdout
     has_foreign_help = "The fraction of the memory used for static allocation" in process.stdout
     assert has_foreign_help is (flag == "--help-all")
+
+
+@pytest.mark.parametrize(
+    ("words", "phases", "engine"),
+    [
+        ("--debug-train-only", "training alone", "none is started"),
+        ("--debug-rollout-only", "generation alone", "embedded (no GPU)"),
+        ("--colocate", "generation and training take turns, on the same devices", "embedded (no GPU)"),
+    ],
+)
+def test_the_plan_says_which_phases_there_are(
+    words: str, phases: str, engine: str, files: dict[str, str], laptop: Machine
+) -> None:
+    text = build_args(right_command_line(files, words), machine=laptop).plan.as_text()
+    assert f"  phases              {phases}\n" in text
+    assert f"  engine              {engine}\n" in text

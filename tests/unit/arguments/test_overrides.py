@@ -37,7 +37,7 @@ def test_a_role_changes_a_copy_and_text_becomes_a_number(args: Namespace, roles:
 
 
 def test_a_role_reaches_megatrons_configs(args: Namespace, roles: str) -> None:
-    assert "clip_grad" not in megatron_fields(args)
+    assert megatron_fields(args)["clip_grad"] == 1.0
     fields = megatron_fields(parse_megatron_role_args(args, roles, "actor"))
     assert (fields["lr"], fields["clip_grad"]) == (1e-5, 0.5)
 

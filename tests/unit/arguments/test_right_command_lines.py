@@ -214,6 +214,7 @@ def test_only_what_was_said_or_forced_reaches_megatrons_configs(files: dict[str,
     assert fields["adam_beta1"] == 0.8
     assert "adam_beta2" not in fields, "the dataclass's own default holds"
     assert fields["num_layers"] == 4, "config.json says so"
+    assert fields["lr"] == 1e-6, "slime's default, not the dataclass's None"
     assert fields["hidden_dropout"] == 0.0
 
 
@@ -254,7 +255,9 @@ def test_a_yaml_file_overrules_the_command_line_before_anything_is_derived(
     files: dict[str, str], tmp_path: Path, laptop: Machine
 ) -> None:
     path = tmp_path / "more.yaml"
-    path.write_text("lr: 1e-5\nmax_turns: 5\nn_samples_per_prompt: 2\nsearch_url: http://127.0.0.1:1\n")
+    path.write_text(
+        "lr: 1e-5\nnormalize_advantages: true\nmax_turns: 5\nn_samples_per_prompt: 2\nsearch_url: http://127.0.0.1:1\n"
+    )
     args = build_args(right_command_line(files, f"--custom-config-path {path}"), machine=laptop)
     assert (args.lr, args.max_turns, args.search_url) == (1e-5, 5, "http://127.0.0.1:1")
     assert args.global_batch_size == 8

@@ -152,6 +152,7 @@ def make_files(folder: Path) -> dict[str, str]:
     (folder / "broken.py").write_text("def reward(args, sample:\n    pass\n")
     (folder / "roles.yaml").write_text("megatron:\n  - {name: judge, role: judge, overrides: {lr: 1e-5}}\n")
     (folder / "list.yaml").write_text("- max_turns\n")
+    (folder / "values.yaml").write_text("rollout_batch_size: many\n")
     (folder / "eval.yaml").write_text("eval:\n  datasets:\n    - {name: aime}\n")
     (folder / "eval_key.yaml").write_text(
         f"eval:\n  datasets:\n    - {{name: aime, path: {folder}/good.jsonl, temprature: 0}}\n"
@@ -352,6 +353,8 @@ WRONG_COMMAND_LINES = (
           "actor and critic"),
     Wrong("overrides that are no mapping", "--custom-config-path {dir}/list.yaml", "--custom-config-path",
           "max_turns: 5"),
+    Wrong("an override that its flag cannot have", "--custom-config-path {dir}/values.yaml", "rollout_batch_size",
+          "whole number"),
     Wrong("overrides that are not there", "--custom-config-path {dir}/none.yaml", "--custom-config-path",
           "existing YAML file"),
     Wrong("a run name that is a path", "--run-name a/b", "--run-name", "--output-dir"),
