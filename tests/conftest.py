@@ -7,7 +7,12 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import hypothesis
 import pytest
+
+# A shared machine is sometimes slow, which says nothing about the code under test.
+hypothesis.settings.register_profile("slime", deadline=None)
+hypothesis.settings.load_profile("slime")
 
 ROOT = Path(__file__).resolve().parents[1]
 MARKER_OF_FOLDER = {"e2e": "e2e", "gpu": "gpu"}

@@ -14,6 +14,7 @@ from slime.arguments.build import build_args, validate
 from slime.arguments.overrides import parse_megatron_role_args
 from slime.arguments.parser import CustomArguments, add_flag, reset_arg, slime_flags
 from slime.config import ConfigError, megatron_fields
+from slime.config.unbuilt import nothing_unbuilt_is_asked_for
 
 __all__ = [
     "ConfigError",
@@ -55,6 +56,7 @@ def parse_args(
         sys.exit(0)
     try:
         args = build_args(words, add_custom_arguments, loop=loop)
+        nothing_unbuilt_is_asked_for(args)
     except ConfigError as error:
         _stop(error)
     plan = args.plan

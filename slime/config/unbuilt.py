@@ -1,0 +1,89 @@
+"""Flags of the contract whose work is not built yet: refused, so that no run silently does without them.
+
+An entry goes when its work is done. A flag belongs here only while nothing reads it.
+"""
+
+from argparse import Namespace
+from collections.abc import Callable
+from typing import Any
+
+from slime.config.errors import Problems
+
+_Test = Callable[[Any], bool]
+
+
+def _is_on(value: Any) -> bool:
+    return bool(value)
+
+
+def _not(default: Any) -> _Test:
+    return lambda value: value != default
+
+
+UNBUILT: dict[str, tuple[_Test, str]] = {
+    "advantage_estimator": (lambda value: value == "ppo", "there is no critic; use grpo"),
+    "use_routing_replay": (_is_on, "mixtures of experts are not trained"),
+    "use_rollout_routing_replay": (_is_on, "mixtures of experts are not trained"),
+    "async_buffer_size": (_not(1), "generation does not run ahead of training; leave it at 1"),
+    "async_save": (_is_on, "checkpoints are written while training waits; leave it out"),
+    "multimodal_keys": (_is_on, "only text models are trained"),
+    "num_data_workers": (_is_on, "the rollout manager prepares prompts; leave it at 0"),
+    "streaming_data": (_is_on, "the prompt file is read whole; leave it out, or cut it with @[start:end]"),
+    "ci_disable_kl_checker": (_is_on, "leave it out"),
+    "ci_load_grad_norm": (_is_on, "leave it out"),
+    "ci_save_grad_norm": (_is_on, "leave it out"),
+    "ci_train_rollout_logprob_abs_diff_threshold": (_not(0.1), "watch train/train_rollout_logprob_abs_diff"),
+    "load_forge_rollout_data": (_is_on, "use --load-debug-rollout-data"),
+    "memory_snapshot_num_steps": (_is_on, "leave it out"),
+    "memory_snapshot_dir": (_not("."), "leave it out"),
+    "memory_recorder": (_not("torch"), "leave it out"),
+    "profile_target": (_not(["train_overall"]), "leave it out"),
+    "record_memory_history": (_is_on, "leave it out"),
+    "use_opd": (_is_on, "on-policy distillation has no teacher yet; leave it out"),
+    "prefill_num_servers": (_is_on, "engines prefill and decode in one process; leave it out"),
+    "sglang_config": (_is_on, "all engines are of one kind, by --rollout-num-gpus-per-engine"),
+    "use_fault_tolerance": (_is_on, "an engine that dies ends the run; leave it out"),
+    "http_proxy": (_is_on, "slime's own traffic never goes through a proxy; leave it out"),
+    "use_distributed_post": (_is_on, "one process sends the requests; leave it out"),
+    "keep_old_actor": (_is_on, "leave it out"),
+    "rollout_data_transport": (_not("object-store"), "use object-store"),
+    "rollout_external_engine_addrs": (_is_on, "slime starts its engines itself; leave it out"),
+    "rollout_top_p": (
+        _not(1.0), "training needs the kept tokens of each step, which stock engines do not return; leave it at 1"
+    ),
+    "keep_last": (_is_on, "checkpoints are not deleted; leave it out"),
+    "allgather_cp": (_is_on, "leave it out"),
+    "custom_model_provider_path": (_is_on, "models are those of slime.models; leave it out"),
+    "enable_mtp_training": (_is_on, "leave it out"),
+    "freeze_indexer": (_is_on, "leave it out"),
+    "megatron_config_path": (_is_on, "give the flags themselves"),
+    "megatron_deepgemm_forward_layers": (_is_on, "leave it out"),
+    "megatron_deepgemm_forward_modules": (_is_on, "leave it out"),
+    "megatron_deepgemm_moe_forward_layers": (_is_on, "leave it out"),
+    "megatron_deepgemm_moe_forward_modules": (_is_on, "leave it out"),
+    "mtp_num_layers": (_is_on, "leave it out"),
+    "num_critic_only_steps": (_is_on, "there is no critic"),
+    "recompute_loss_function": (_is_on, "the head already works in chunks; leave it out"),
+    "release_train": (_is_on, "use --colocate, which gives memory back between phases"),
+    "reset_optimizer_states": (_is_on, "leave it out"),
+    "use_stateless_adam": (_is_on, "use --optimizer adam"),
+    "custom_update_weight_post_write_path": (_is_on, "leave it out"),
+    "update_weight_local_checkpoint_dir": (_is_on, "leave it out"),
+    "update_weight_mode": (_not("full"), "use full"),
+}  # fmt: skip
+"""Dest -> (whether a value asks for it, what to do instead)."""
+
+
+def nothing_unbuilt_is_asked_for(args: Namespace) -> None:
+    """Every flag that was given does something.
+
+    Raises:
+        ConfigError: those that do not.
+    """
+    problems = Problems()
+    for name, (asks_for_it, instead) in UNBUILT.items():
+        value = getattr(args, name)
+        if asks_for_it(value):
+            shown = "" if value is True else f" {value}"
+            problems.add(f"--{name.replace('_', '-')}{shown} is not built yet: {instead}")
+    problems.raise_if_any()
