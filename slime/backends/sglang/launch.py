@@ -3,6 +3,7 @@
 import os
 import sys
 from argparse import Namespace
+from pathlib import Path
 
 from slime.backends.base import EngineSpec
 from slime.backends.sglang.pass_through import changed_flags, is_changed
@@ -85,6 +86,8 @@ def _environment(spec: EngineSpec) -> dict[str, str]:
     env = {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
     # A plain /health generates a token, which a paused engine cannot do: it would answer 503 after 20 s.
     env["SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"] = "false"
+    if Path(spec.model_path).is_dir():
+        env.setdefault("HF_HUB_OFFLINE", "1")  # a folder that is missing at an update is an error, not a download
     if spec.device == "cpu":
         env |= {
             "SGLANG_USE_CPU_ENGINE": "1",

@@ -2,7 +2,7 @@
 
 import os
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -38,27 +38,37 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def engine(
-    request: pytest.FixtureRequest, tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Engine]:
-    """A running engine, one for the whole session; a test leaves it unpaused and with the weights it found."""
-    kind: str = request.param
-    if kind == "url":
-        yield Engine(request.config.getoption("--engine-url"), kind)
-        return
-    folder = tmp_path_factory.mktemp(kind)
-    port = free_port(HOST)
-    argv, env = (_embedded if kind == "embedded" else _stock_sglang)(tiny_llama, port, folder)
-    server = ServerProcess(f"{kind} engine", argv, env, folder / "engine.log")
-    server.start()
-    try:
+def start_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str, Path], Engine]]:
+    """Starts an engine of a kind on a model folder and waits until it is healthy; all end with the session."""
+    servers: list[ServerProcess] = []
+
+    def start(kind: str, model: Path) -> Engine:
+        folder = tmp_path_factory.mktemp(kind)
+        port = free_port(HOST)
+        argv, env = (_embedded if kind == "embedded" else _stock_sglang)(model, port, folder)
+        server = ServerProcess(f"{kind} engine", argv, env, folder / "engine.log")
+        servers.append(server)
+        server.start()
         try:
             server.wait_until_healthy(f"http://{HOST}:{port}/health", START_TIMEOUT_S[kind])
         except ServerError as error:
             pytest.fail(str(error), pytrace=False)
-        yield Engine(f"http://{HOST}:{port}", kind)
-    finally:
-        server.terminate()
+        return Engine(f"http://{HOST}:{port}", kind, folder / "weights")
+
+    yield start
+    for server in servers:
+        server.terminate(1.0)
+
+
+@pytest.fixture(scope="session")
+def engine(
+    request: pytest.FixtureRequest, tiny_llama: Path, start_engine: Callable[[str, Path], Engine]
+) -> Iterator[Engine]:
+    """A running engine, one for the whole session; a test leaves it unpaused and with the weights it found."""
+    if request.param == "url":
+        yield Engine(request.config.getoption("--engine-url"), "url")
+    else:
+        yield start_engine(request.param, tiny_llama)
 
 
 @pytest.fixture(scope="session")
@@ -78,9 +88,8 @@ def left_running(request: pytest.FixtureRequest) -> Iterator[None]:
 def _embedded(model: Path, port: int, folder: Path) -> tuple[list[str], dict[str, str]]:
     from slime.backends.embedded.launch import server_command
 
-    weights_dir = folder / "weights"
-    weights_dir.mkdir(mode=0o700)
-    return server_command(_no_flags(), _spec(model, port, folder, weights_dir))
+    (folder / "weights").mkdir(mode=0o700)
+    return server_command(Namespace(), _spec(model, port, folder))
 
 
 def _stock_sglang(model: Path, port: int, folder: Path) -> tuple[list[str], dict[str, str]]:
@@ -94,17 +103,13 @@ def _stock_sglang(model: Path, port: int, folder: Path) -> tuple[list[str], dict
             "or name its virtual environment in the environment variable SLIME_SGLANG_VENV.",
             pytrace=False,
         )
-    argv, env = server_command(_no_flags(), _spec(model, port, folder, folder))
+    argv, env = server_command(Namespace(), _spec(model, port, folder))
     argv[0] = str(python)
     env.pop(PYTHON_VARIABLE, None)
     return argv, env
 
 
-def _no_flags() -> Namespace:
-    return Namespace()
-
-
-def _spec(model: Path, port: int, folder: Path, weights_dir: Path) -> EngineSpec:
+def _spec(model: Path, port: int, folder: Path) -> EngineSpec:
     return EngineSpec(
         index=0,
         host=HOST,
@@ -116,7 +121,7 @@ def _spec(model: Path, port: int, folder: Path, weights_dir: Path) -> EngineSpec
         dtype="float32",
         threads=1,
         log_path=folder / "engine.log",
-        weights_dir=weights_dir,
+        weights_dir=folder / "weights",
         seed=1,
         nccl_port=free_port(HOST),
     )

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -20,9 +21,10 @@ LONG = 6000  # tokens: far more than an engine makes before a test has ended the
 class Engine:
     """An engine's URL with the calls that tests make; raw replies, so that tests see what clients see."""
 
-    def __init__(self, url: str, kind: str) -> None:
+    def __init__(self, url: str, kind: str, weights_dir: Path | None = None) -> None:
         self.url = url.rstrip("/")
         self.kind = kind
+        self.weights_dir = weights_dir
         self.http = httpx.Client(base_url=self.url, timeout=TIMEOUT_S, trust_env=False)
         self._threads = ThreadPoolExecutor(16)
 

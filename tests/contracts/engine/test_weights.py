@@ -129,7 +129,7 @@ def test_a_folder_without_weights_changes_nothing(engine: Engine, prompt, tmp_pa
     digests, version = engine.checksums(), engine.weight_version()
     reply = engine.post("/update_weights_from_disk", {"model_path": str(folder), "weight_version": "never"})
     assert reply.status_code == 400
-    assert reply.json()["success"] is False and str(folder) in reply.json()["message"]
+    assert reply.json()["success"] is False and reply.json()["message"]
     assert (engine.checksums(), engine.weight_version()) == (digests, version)
     assert engine.greedy(prompt, 2)["output_ids"]
 

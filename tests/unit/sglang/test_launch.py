@@ -137,3 +137,9 @@ def test_the_trainers_rendezvous_is_not_inherited(monkeypatch):
 def test_health_answers_while_an_engine_is_paused():
     _, env = server_command(Namespace(), spec())
     assert env["SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"] == "false"
+
+
+def test_a_model_on_disk_keeps_the_server_off_the_network(tmp_path, monkeypatch):
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    assert server_command(Namespace(), spec(model_path=str(tmp_path)))[1]["HF_HUB_OFFLINE"] == "1"
+    assert "HF_HUB_OFFLINE" not in server_command(Namespace(), spec(model_path="someone/some-model"))[1]
