@@ -3,6 +3,8 @@
 import logging
 import time
 from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import ray
@@ -16,7 +18,10 @@ from slime.rollout.base_types import (
     RolloutFnEvalOutput,
     RolloutFnTrainOutput,
     call_rollout_fn,
+    validate_rollout_id_annotated,
 )
+from slime.rollout.data_source import load_data_source
+from slime.rollout.progress import set_bar_factory
 from slime.rollout.sample_hooks import set_current_rollout_id
 from slime.utils.http_utils import init_http_client
 from slime.utils.misc import Box, load_function
@@ -34,6 +39,8 @@ class RolloutController:
         self.args = args
         self._parallel_config: dict[str, int] = {}
         self._devices = devices
+        self._progress: tuple[str, int, int, str] | None = None
+        set_bar_factory(self._bar)
         self._engines: Engines | None = None
 
     # ---- what the driver asks ----
@@ -46,7 +53,7 @@ class RolloutController:
         if not args.debug_train_only:
             self._engines = Engines(args, self._devices)
             self._engines.launch()
-        self.data_source = load_function(args.data_source_path)(args)
+        self.data_source = load_data_source(args)
         if self._engines is not None:
             self._engines.wait_until_ready()
             init_http_client(args)
@@ -96,6 +103,21 @@ class RolloutController:
         write_eval_samples(self.args.run_dir, rollout_id, output.data)
         log_eval_rollout_data(rollout_id, self.args, output.data, output.metrics)
 
+    def progress(self) -> tuple[str, int, int, str] | None:
+        """(what, done, total, unit) of the rollout or evaluation that runs now."""
+        return self._progress
+
+    @contextmanager
+    def _bar(self, total: int, description: str, unit: str) -> Iterator["_Counter"]:
+        def count(done: int) -> None:
+            self._progress = (description, done, total, unit)
+
+        count(0)
+        try:
+            yield _Counter(count)
+        finally:
+            self._progress = None
+
     def take_metrics(self) -> dict[str, Any]:
         """Metrics since the last call, those that hooks logged included."""
         return logging_utils.take_pending()
@@ -137,9 +159,21 @@ class RolloutController:
         output: RolloutFnTrainOutput = call_rollout_fn(
             self._generate_rollout, self.args, rollout_id, self.data_source, evaluation=False
         )
+        validate_rollout_id_annotated(output.samples)
         samples = flatten_samples(output.samples)
         log_rollout_data(rollout_id, self.args, samples, output.metrics, time.perf_counter() - started)
         return samples
+
+
+class _Counter:
+    """Stands where a progress bar would: the driver, which has a terminal, draws it."""
+
+    def __init__(self, show: Callable[[int], None]) -> None:
+        self._show, self._done = show, 0
+
+    def update(self, count: int = 1) -> None:
+        self._done += count
+        self._show(self._done)
 
 
 RolloutManager = ray.remote(RolloutController)

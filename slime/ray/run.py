@@ -4,7 +4,7 @@ import logging
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Self
 
@@ -20,6 +20,7 @@ from slime.ray.placement_group import (
     create_rollout_manager,
     create_training_models,
 )
+from slime.ray.progress import ProgressBar
 from slime.ray.schedule import Schedule
 from slime.ray.waiting import RemoteError, wait_for
 from slime.utils.processes import ServerError
@@ -123,8 +124,8 @@ class Run:
 
     def generate(self, rollout_id: int) -> list[Any] | None:
         """Rewarded samples of one rollout, as one shard a data-parallel rank."""
-        with self._clock.phase("generate"):
-            shards = self._ask("generate", rollout_id, what=f"generate rollout {rollout_id}")
+        with self._clock.phase("generate"), ProgressBar(self._manager) as bar:
+            shards = self._ask("generate", rollout_id, what=f"generate rollout {rollout_id}", watch=bar.draw)
             self._metrics |= ray.get(self._manager.take_metrics.remote())
         return shards
 
@@ -171,14 +172,14 @@ class Run:
 
     def evaluate(self, rollout_id: int) -> None:
         """Run every evaluation task with the weights that the engines hold."""
-        with self._clock.phase("eval"):
-            self._ask("eval", rollout_id, what="evaluate")
+        with self._clock.phase("eval"), ProgressBar(self._manager) as bar:
+            self._ask("eval", rollout_id, what="evaluate", watch=bar.draw)
             self._metrics |= ray.get(self._manager.take_metrics.remote())
 
     def _write_log(self, rollout_id: int) -> None:
         self._log.step(rollout_id, self._metrics | self._clock.finish())
         self._metrics = {}
 
-    def _ask(self, method: str, *method_args: Any, what: str) -> Any:
-        (result,) = wait_for({_MANAGER: getattr(self._manager, method).remote(*method_args)}, what)
+    def _ask(self, method: str, *method_args: Any, what: str, watch: Callable[[], None] | None = None) -> Any:
+        (result,) = wait_for({_MANAGER: getattr(self._manager, method).remote(*method_args)}, what, watch=watch)
         return result
