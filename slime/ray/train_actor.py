@@ -110,3 +110,4 @@ def _quiet_megatron() -> None:
         return
     logging.getLogger("megatron").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
+    warnings.filterwarnings("ignore", category=FutureWarning, message=r"`torch\.distributed\.")
