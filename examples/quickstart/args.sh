@@ -15,7 +15,7 @@ ARGS=(
   --eval-interval 10 --eval-prompt-data held_out "$DATA/held_out.jsonl" --eval-temperature 0
   # GRPO
   --advantage-estimator grpo --eps-clip 0.2 --eps-clip-high 0.28
-  --optimizer adam --lr 2e-5 --lr-decay-style constant --weight-decay 0 --adam-beta1 0.9 --adam-beta2 0.95
+  --optimizer adam --lr 2e-5 --lr-decay-style linear --min-lr 0 --weight-decay 0 --adam-beta1 0.9 --adam-beta2 0.95
   # two devices, on which trainer ranks and engines take turns
   --colocate --actor-num-nodes 1 --actor-num-gpus-per-node 2 --num-gpus-per-node 2
   --use-dynamic-batch-size --max-tokens-per-gpu 2048
