@@ -7,7 +7,6 @@ import dataclasses
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.dot_product_attention import DotProductAttention
@@ -18,19 +17,29 @@ from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor
 
+from slime.backends.megatron import cpu_attention
 from slime.backends.megatron.packed import PackedSegments
-from slime.backends.megatron.pointwise import rotate, swiglu
+from slime.backends.megatron.pointwise import rms_norm, rotate, swiglu
+
+
+class CpuRMSNorm(torch.nn.RMSNorm):
+    """torch's, in fewer passes over memory."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Norm:
-    """torch's RMSNorm or LayerNorm, marked so that Megatron sums its gradient over sequence-parallel ranks.
+    """RMSNorm or LayerNorm, marked so that Megatron sums its gradient over sequence-parallel ranks.
 
     (Megatron's own wrapper refuses sequence parallelism.)
     """
 
     def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> torch.nn.Module:
-        kind = torch.nn.RMSNorm if config.normalization == "RMSNorm" else torch.nn.LayerNorm
-        norm = kind(hidden_size, eps=eps, dtype=config.params_dtype, device=torch.cuda.current_device())
+        device = torch.device(torch.cuda.current_device())
+        rms_norm_of_device = CpuRMSNorm if device.type == "cpu" else torch.nn.RMSNorm
+        kind = rms_norm_of_device if config.normalization == "RMSNorm" else torch.nn.LayerNorm
+        norm = kind(hidden_size, eps=eps, dtype=config.params_dtype, device=device)
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel
         return norm
@@ -80,8 +89,9 @@ class VarlenAttention(torch.nn.Module):
         if packed_seq_params.cos is not None and packed_seq_params.sin is not None:
             query = rotate(query, packed_seq_params.cos, packed_seq_params.sin)
             key = rotate(key, packed_seq_params.cos, packed_seq_params.sin)
-        attend = _attend_on_cuda if query.is_cuda else _attend_on_cpu
-        return attend(query, key, value, packed_seq_params, self.scale).flatten(1)
+        if query.is_cuda:
+            return _attend_on_cuda(query, key, value, packed_seq_params, self.scale).flatten(1)
+        return cpu_attention.attend(query, key, value, packed_seq_params.blocks, self.scale).flatten(1)
 
 
 def _attend_on_cuda(query: Tensor, key: Tensor, value: Tensor, packed: PackedSegments, scale: float) -> Tensor:
@@ -104,24 +114,6 @@ def _attend_on_cuda(query: Tensor, key: Tensor, value: Tensor, packed: PackedSeg
         scale=scale,
         window_size=(-1, 0),
     )
-
-
-def _attend_on_cpu(query: Tensor, key: Tensor, value: Tensor, packed: PackedSegments, scale: float) -> Tensor:
-    if packed.key_index is not None:
-        key, value = key[packed.key_index], value[packed.key_index]
-    outputs = []
-    lengths = packed.query_lengths
-    pieces = zip(query.split(lengths), key.split(packed.key_lengths), value.split(packed.key_lengths), strict=True)
-    for q, k, v in pieces:
-        mask = None
-        if q.size(0) != k.size(0):  # torch's is_causal would align the first query with the first key
-            mask = torch.ones(q.size(0), k.size(0), dtype=torch.bool).tril(k.size(0) - q.size(0))
-        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.size(1) != k.size(1)
-        )
-        outputs.append(out.squeeze(0).transpose(0, 1))
-    return torch.cat(outputs)
 
 
 def decoder_block_spec(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:

@@ -10,6 +10,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from slime.backends.megatron.cpu_attention import Block, attention_blocks
 from slime.data.packing import PackedBatch, Segment
 
 
@@ -25,14 +26,11 @@ class PackedSegments(PackedSeqParams):
     cos: Tensor | None = None
     """[T, 1, d/2] in the dtype of the activations."""
     sin: Tensor | None = None
-    key_lengths: list[int] = field(default_factory=list)
-    """Keys of each segment: its prefix and its own rows."""
     key_index: Tensor | None = None
-    """Rows that hold the keys of all segments one after the other; None if every segment has its own keys only."""
-
-    @property
-    def query_lengths(self) -> list[int]:
-        return [segment.q_len for segment in self.segments]
+    """On CUDA: rows that hold the keys of all segments one after the other (its prefix, its own rows); None if no
+    segment has a prefix."""
+    blocks: list[Block] = field(default_factory=list)
+    """On a CPU: the same, as blocks of queries and keys."""
 
 
 def packed_segments(batch: PackedBatch, inverse_frequencies: Tensor, dtype: torch.dtype) -> PackedSegments:
@@ -56,8 +54,8 @@ def packed_segments(batch: PackedBatch, inverse_frequencies: Tensor, dtype: torc
         segments=batch.segments,
         cos=angles.cos().to(dtype),
         sin=angles.sin().to(dtype),
-        key_lengths=key_lengths,
-        key_index=_key_index(batch.segments, device) if batch.has_shared_prompts else None,
+        key_index=_key_index(batch.segments, device) if batch.has_shared_prompts and device.type != "cpu" else None,
+        blocks=attention_blocks(batch.segments, dtype) if device.type == "cpu" else [],
     )
 
 

@@ -67,3 +67,28 @@ class _SwiGLU(torch.autograd.Function):
 def swiglu(x: Tensor) -> Tensor:
     """silu(gate) * up (arXiv:2002.05202) of x = [gate, up] along the last axis: [..., 2 f] -> [..., f]."""
     return _SwiGLU.apply(x)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        scale = norm.square_().div_(x.size(-1)).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return torch.mul(x * scale, weight, out=torch.empty_like(x, memory_format=torch.contiguous_format))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        x, weight, scale = ctx.saved_tensors
+        normed = x * scale
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
+        grad_normed = grad.float() * weight
+        along = torch.linalg.vecdot(grad_normed, normed).div_(x.size(-1)).unsqueeze(-1)
+        return grad_normed.sub_(normed.mul_(along)).mul_(scale).to(x.dtype), grad_weight, None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight (arXiv:1910.07467) over the last axis, in float32 and rounded once."""
+    return _RMSNorm.apply(x, weight, eps)

@@ -74,7 +74,7 @@ def test_the_order_of_the_samples_does_not_matter(
 def _plain_gradient(
     folder: Path, data: dict[str, Any], per_token: bool, kl_to: Path | None = None, temperature: float = 1.0
 ) -> tuple[float, dict[str, Tensor]]:
-    """On-policy GRPO in a dozen lines over transformers' full logits: loss and gradients under HuggingFace names."""
+    """On-policy GRPO in a dozen lines over transformers' full logits, in float64: loss and gradients by HF names."""
 
     def log_probs(net: Any, i: int) -> Tensor:
         ids = torch.tensor(data["tokens"][i])
@@ -82,9 +82,9 @@ def _plain_gradient(
         logits = net(ids[None]).logits[0, -length - 1 : -1] / temperature
         return torch.log_softmax(logits, -1).gather(1, ids[-length:, None]).squeeze(1)
 
-    net = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    reference = AutoModelForCausalLM.from_pretrained(kl_to, dtype=torch.float32) if kl_to else None
-    total = torch.zeros(())
+    net = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    reference = AutoModelForCausalLM.from_pretrained(kl_to, dtype=torch.float64) if kl_to else None
+    total = torch.zeros((), dtype=torch.float64)
     for i, length in enumerate(data["response_lengths"]):
         if length == 0:
             continue
@@ -123,7 +123,7 @@ def test_a_step_has_the_gradient_of_the_formula(
     found = _trained(ranks, model, [data], calculate_per_token_loss=per_token, rollout_temperature=0.8, **changes)
     loss, gradient = _plain_gradient(model, data, per_token, other if with_kl else None, temperature=0.8)
     assert found["metrics"][0]["train/loss"] == pytest.approx(loss, abs=1e-5)
-    assert tiny.largest_difference(gradient, _as_hf(found["gradient"], model)) < 1e-6 * _scale(gradient)
+    assert tiny.largest_difference(gradient, _as_hf(found["gradient"], model)) < 2e-6 * _scale(gradient)
     if with_kl:
         assert found["metrics"][0]["train/kl_loss"] > 0.01
     assert found["metrics"][0]["train/ppo_kl"] == 0.0
