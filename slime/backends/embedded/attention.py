@@ -41,22 +41,23 @@ class DecodeBatch:
     """
 
     positions: Tensor
-    _masks: dict[int | None, Tensor] = field(default_factory=dict)
+    _masks: dict[tuple[int | None, int, int], Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.rows = torch.arange(self.positions.shape[0])
         self.length = int(self.positions.max()) + 1
 
-    def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
-        """[B, 1, 1, length], 0 where a sequence may look, minus infinity elsewhere."""
-        if window not in self._masks:
+    def mask(self, window: int | None, dtype: torch.dtype, num_heads: int, group: int) -> Tensor:
+        """[B * H, group, length], 0 where a sequence may look, minus infinity elsewhere."""
+        key = (window, num_heads, group)
+        if key not in self._masks:
             columns = torch.arange(self.length)
             hidden = columns > self.positions[:, None]
             if window is not None:
                 hidden |= columns <= self.positions[:, None] - window
             mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
-            self._masks[window] = mask[:, None, None]
-        return self._masks[window]
+            self._masks[key] = mask[:, None, None].expand(-1, num_heads, group, -1).flatten(0, 1)
+        return self._masks[key]
 
     def attend(
         self,
@@ -70,16 +71,17 @@ class DecodeBatch:
     ) -> Tensor:
         assert cache is not None
         keys, values = cache.keys[layer], cache.values[layer]
-        keys[self.rows, :, self.positions] = key.transpose(0, 1)
+        keys[self.rows, :, :, self.positions] = key.transpose(0, 1)
         values[self.rows, :, self.positions] = value.transpose(0, 1)
         num_rows, num_heads, head_dim = self.rows.shape[0], key.shape[0], query.shape[-1]
         # The query heads of one key-value head become query positions, so keys and values are not repeated.
-        grouped = query.transpose(0, 1).reshape(num_rows, num_heads, -1, head_dim)
-        mask = self.mask(window, query.dtype).expand(-1, 1, grouped.shape[2], -1)
-        out = F.scaled_dot_product_attention(
-            grouped, keys[:num_rows, :, : self.length], values[:num_rows, :, : self.length], attn_mask=mask, scale=scale
-        )
-        return out.reshape(num_rows, query.shape[0], -1)
+        grouped = query.transpose(0, 1).reshape(num_rows * num_heads, -1, head_dim)
+        mask = self.mask(window, query.dtype, num_heads, grouped.shape[1])
+        seen_keys = keys[:num_rows, ..., : self.length].flatten(0, 1)
+        seen_values = values[:num_rows, :, : self.length].flatten(0, 1)
+        # Two batched products are up to twice as fast here as the fused kernel, which computes one head at a time.
+        scores = torch.baddbmm(mask, grouped, seen_keys, alpha=scale)
+        return torch.bmm(scores.softmax(-1), seen_values).view(num_rows, query.shape[0], -1)
 
 
 @dataclass(frozen=True)
@@ -118,10 +120,11 @@ class PrefillBatch:
             tokens = slice(segment.start, segment.start + segment.length)
             end = segment.cached + segment.length
             rows = list(segment.rows)
-            keys[rows, :, segment.cached : end] = key[None, :, tokens]
+            keys[rows, :, :, segment.cached : end] = key[None, :, tokens].transpose(2, 3)
             values[rows, :, segment.cached : end] = value[None, :, tokens]
             if segment.cached:
-                seen_keys, seen_values = keys[rows[:1], :, :end], values[rows[:1], :, :end]
+                seen_keys = keys[rows[:1], :, :, :end].transpose(2, 3).contiguous()
+                seen_values = values[rows[:1], :, :end]
             else:
                 seen_keys, seen_values = key[None, :, tokens], value[None, :, tokens]
             mask = _prefill_mask(segment.length, end, window)
@@ -153,14 +156,16 @@ def _prefill_mask(length: int, end: int, window: int | None) -> Tensor | None:
 class CachedAttention:
     """What is registered with transformers as an attention implementation; one object an engine.
 
-    `ServedModel.logits` sets `batch` and `cache` for each forward pass. `calls` counts the layers that came through here, so that a model
-    whose layers attend in another way is noticed (`slime.backends.embedded.model.probe`).
+    `ServedModel.logits` sets `batch` and `cache` for each forward pass. `calls` counts the layers that came through
+    here, so that a model whose layers attend in another way is noticed at start-up.
     """
 
     def __init__(self) -> None:
         self.cache: SlotCache | None = None
         self.batch: Batch | None = None
         self.calls = 0
+        self._embeddings: tuple[Tensor, Tensor] | None = None
+        self._rotation: tuple[Tensor, Tensor] = (torch.empty(0), torch.empty(0))
 
     def __call__(
         self,
@@ -175,25 +180,38 @@ class CachedAttention:
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """query [1, Hq, T, D], key and value [1, H, T, D] -> ([1, T, Hq, D], None), as transformers asks."""
-        assert self.batch is not None
         for name, meaning in NOT_SERVED.items():
             if kwargs.get(name) is not None:
                 raise ValueError(
                     f"{type(module).__name__} uses {meaning} ({name}), which the embedded engine cannot compute. "
                     "Serve this model with --rollout-engine sglang."
                 )
-        self.calls += 1
         scale = scaling if scaling is not None else query.shape[-1] ** -0.5
         layer: int = module.layer_idx  # type: ignore[assignment]
-        out = self.batch.attend(layer, query[0], key[0], value[0], self.cache, scale, sliding_window)
-        return out[None], None
+        return self.attend(layer, query[0], key[0], value[0], scale, sliding_window)[None], None
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
+        """query [Hq, T, D], key and value [H, T, D] -> [T, Hq, D]."""
+        assert self.batch is not None
+        self.calls += 1
+        return self.batch.attend(layer, query, key, value, self.cache, scale, window)
+
+    def rotation(self, embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """transformers' (cos, sin) [1, T, D] as (cos, sine signed for swapped halves) [T, 1, D]; once a pass."""
+        if self._embeddings is not embeddings:
+            cos, sin = embeddings[0][0, :, None], embeddings[1][0, :, None]
+            half = sin.shape[-1] // 2
+            self._rotation = cos, torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
+            self._embeddings = embeddings
+        return self._rotation
 
 
 @dataclass
 class ShapeProbe:
-    """A batch that attends without a cache and writes down what a layer would keep."""
+    """One sequence, attended without a cache, writing down what each layer would keep and how far back it sees."""
 
     shapes: dict[int, KVShape] = field(default_factory=dict)
+    windows: dict[int, int | None] = field(default_factory=dict)
 
     def attend(
         self,
@@ -206,6 +224,7 @@ class ShapeProbe:
         window: int | None,
     ) -> Tensor:
         self.shapes[layer] = KVShape(key.shape[0], key.shape[-1], value.shape[-1])
+        self.windows[layer] = window
         out = F.scaled_dot_product_attention(
             query[None], key[None], value[None], is_causal=True, scale=scale, enable_gqa=query.shape[0] != key.shape[0]
         )

@@ -1,7 +1,8 @@
 """Keys and values of the running sequences: one row a sequence, grown in rows and length as they are needed.
 
-Letters: S rows, H key-value heads, L positions, D head size. A layer's keys are [S, H, L, D]. Row i belongs to the i-th
-running sequence, so a decoding step reads the first B rows as one view and copies nothing.
+Letters: S rows, H key-value heads, L positions, D head size. A layer's values are [S, H, L, D], its keys [S, H, D, L]:
+the product of a query with all keys is fastest that way. Row i belongs to the i-th running sequence, so a decoding step
+reads the first B rows as one view and copies nothing.
 """
 
 from dataclasses import dataclass
@@ -65,15 +66,17 @@ class SlotCache:
         if rows <= self.rows and length <= self.length:
             return
         new_rows, new_length = self.grown(rows, length)
-        for store, is_key in ((self.keys, True), (self.values, False)):
-            for layer, shape in enumerate(self.shapes):
-                dim = shape.key_dim if is_key else shape.value_dim
-                fresh = torch.zeros(new_rows, shape.num_heads, new_length, dim, dtype=self.dtype)
-                if len(store) <= layer:
-                    store.append(fresh)
-                    continue
-                fresh[: self.rows, :, : self.length] = store[layer]
-                store[layer] = fresh
+        is_new = not self.keys
+        for layer, shape in enumerate(self.shapes):
+            keys = torch.zeros(new_rows, shape.num_heads, shape.key_dim, new_length, dtype=self.dtype)
+            values = torch.zeros(new_rows, shape.num_heads, new_length, shape.value_dim, dtype=self.dtype)
+            if is_new:
+                self.keys.append(keys)
+                self.values.append(values)
+                continue
+            keys[: self.rows, ..., : self.length] = self.keys[layer]
+            values[: self.rows, :, : self.length] = self.values[layer]
+            self.keys[layer], self.values[layer] = keys, values
         self.rows, self.length = new_rows, new_length
 
     def copy(self, source: int, targets: list[int], length: int) -> None:
@@ -81,9 +84,9 @@ class SlotCache:
         targets = [row for row in targets if row != source]
         if not targets or not length:
             return
-        for store in (self.keys, self.values):
-            for layer in store:
-                layer[targets, :, :length] = layer[source, :, :length]
+        for keys, values in zip(self.keys, self.values, strict=True):
+            keys[targets, ..., :length] = keys[source, ..., :length]
+            values[targets, :, :length] = values[source, :, :length]
 
     def release(self) -> None:
         """Give all memory back."""

@@ -128,6 +128,10 @@ class StackedLinear(nn.Module):
         self._input: Tensor | None = None
         self._outputs: tuple[Tensor, ...] = ()
 
+    def product(self, x: Tensor) -> Tensor:
+        """All parts side by side: x [..., K] -> [..., N]."""
+        return self.matrix.product(x, self.bias)
+
     def forward(self, x: Tensor) -> Tensor:
         if len(self.sizes) == 1:
             return self.matrix.product(x, self.bias)

@@ -99,7 +99,7 @@ def test_a_copied_prefix_changes_nothing(new_engine: Any, tiny_llama: Path, pref
 
 
 def test_linear_layers_that_read_the_same_input_become_one(served: ServedModel):
-    layer = served.module.model.layers[0]
+    layer = served.module.model.layers[0].layer
     assert isinstance(layer.self_attn.q_proj, StackedLinear) and len(layer.self_attn.q_proj.sizes) == 3
     assert isinstance(layer.mlp.gate_proj, StackedLinear) and len(layer.mlp.gate_proj.sizes) == 2
     assert isinstance(layer.input_layernorm, FusedRMSNorm)
