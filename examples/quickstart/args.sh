@@ -1,10 +1,10 @@
-# The quick start's command line, as the array ARGS. Set DATA (folder of prepare.py) and RUN_NAME before sourcing it.
+# The quick start's command line, as the array ARGS. Before sourcing it, set DATA (the folder of prepare.py) and RUN_NAME.
 
 ARGS=(
   --run-name "$RUN_NAME"
   # the model, and where the trained one goes
   --hf-checkpoint "$DATA/SmolLM2-135M-Instruct"
-  --save-hf "outputs/$RUN_NAME/hf"
+  --save-hf "${OUTPUT_DIR:-outputs}/$RUN_NAME/hf"
   # prompts and reward: 1 if the last number of the response is the label
   --prompt-data "$DATA/train.jsonl" --input-key prompt --label-key label --rollout-shuffle
   --rm-type last_number
