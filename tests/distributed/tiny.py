@@ -43,7 +43,7 @@ def training_args(folder: Path, **changes: Any) -> Namespace:
         adam_beta1=0.9, adam_beta2=0.999, adam_eps=1e-3, clip_grad=1.0,
         num_rollout=4, rollout_batch_size=4, n_samples_per_prompt=2, global_batch_size=8, num_steps_per_rollout=1,
         num_layers=2, hidden_size=48, ffn_hidden_size=80, num_attention_heads=6, num_query_groups=2, kv_channels=8,
-        vocab_size=VOCAB, group_query_attention=True,
+        vocab_size=VOCAB, group_query_attention=True, swiglu=True, multi_latent_attention=False,
         micro_batch_size=2, use_dynamic_batch_size=False, max_tokens_per_gpu=None, balance_data=False,
         balance_by_flops=False, share_group_prompts=True,
         loss_type="policy_loss", advantage_estimator="grpo", custom_loss_function_path=None,
@@ -57,8 +57,20 @@ def training_args(folder: Path, **changes: Any) -> Namespace:
     )  # fmt: skip
     unknown = set(changes) - set(values) - _OTHERS
     assert not unknown, f"misspelt: {unknown}"
-    return Namespace(**(values | changes))
+    values |= changes
+    fields = {"check_for_nan_in_grad": "check_for_nan_in_loss_and_grad"} | {name: name for name in _MEGATRON_FIELDS}
+    dests = {field: dest for field, dest in fields.items() if values.get(dest) is not None}
+    return Namespace(**values, megatron_field_dests=dests)
 
+
+_MEGATRON_FIELDS = (
+    "optimizer", "lr", "min_lr", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad",
+    "use_distributed_optimizer", "calculate_per_token_loss", "tensor_model_parallel_size", "sequence_parallel",
+    "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size", "overlap_grad_reduce",
+    "overlap_param_gather", "recompute_granularity", "recompute_method", "recompute_num_layers", "batch_p2p_comm",
+    "overlap_p2p_comm",
+)  # fmt: skip
+"""Attributes that are fields of Megatron's dataclasses: what `parse_args` records in `megatron_field_dests`."""
 
 _OTHERS = {
     "tensor_model_parallel_size", "pipeline_model_parallel_size", "sequence_parallel", "overlap_grad_reduce",

@@ -1,5 +1,6 @@
 """Flags and model shape to Megatron-core's configuration objects."""
 
+import dataclasses
 from argparse import Namespace
 from typing import Any
 
@@ -8,26 +9,10 @@ import torch.nn.functional as F
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.enums import AttnBackend
 
+from slime.config.megatron import megatron_fields
 from slime.models import ModelShape
-
-_TRANSFORMER_FLAGS = (
-    "tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size",
-    "context_parallel_size", "expert_model_parallel_size", "expert_tensor_parallel_size", "sequence_parallel",
-    "recompute_granularity", "recompute_method", "recompute_num_layers", "recompute_modules",
-    "distribute_saved_activations", "fp32_residual_connection", "deterministic_mode", "overlap_p2p_comm",
-    "batch_p2p_comm", "microbatch_group_size_per_vp_stage", "calculate_per_token_loss",
-)  # fmt: skip
-"""Fields of TransformerConfig that say how to train, under the same name in `args`. The model's own fields come from
-the checkpoint's config.json."""
-
-_OPTIMIZER_FLAGS = (
-    "optimizer", "lr", "min_lr", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "sgd_momentum", "clip_grad",
-    "loss_scale", "initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis",
-    "use_distributed_optimizer", "overlap_param_gather", "optimizer_cpu_offload", "optimizer_offload_fraction",
-    "overlap_cpu_optimizer_d2h_h2d", "use_precision_aware_optimizer", "decoupled_lr", "decoupled_min_lr",
-)  # fmt: skip
-_DDP_FLAGS = ("use_distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather", "average_in_collective")
 
 
 def params_dtype(args: Namespace) -> torch.dtype:
@@ -39,11 +24,8 @@ def params_dtype(args: Namespace) -> torch.dtype:
 
 def transformer_config(args: Namespace, shape: ModelShape) -> TransformerConfig:
     """The model's shape, and how this run trains it."""
-    flags = _given(args, _TRANSFORMER_FLAGS)
-    if getattr(args, "recompute_activations", False):
-        flags.setdefault("recompute_granularity", "selective")
     dtype = params_dtype(args)
-    return TransformerConfig(
+    ours: dict[str, Any] = dict(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
         ffn_hidden_size=shape.ffn_hidden_size,
@@ -58,6 +40,7 @@ def transformer_config(args: Namespace, shape: ModelShape) -> TransformerConfig:
         gated_linear_unit=True,
         activation_func=F.silu,
         use_te_activation_func=True,  # the name is Megatron's; it makes the MLP build the spec's activation: our SwiGLU
+        bias_activation_fusion=False,
         hidden_dropout=0.0,  # the engine samples without dropout, and log-probs must be comparable
         attention_dropout=0.0,
         init_method=_leave_as_is,
@@ -71,8 +54,11 @@ def transformer_config(args: Namespace, shape: ModelShape) -> TransformerConfig:
         moe_token_dispatcher_type="alltoall",  # asked for with variable lengths, for dense models too
         deallocate_pipeline_outputs=True,
         gradient_accumulation_fusion=False,  # needs apex
-        **flags,
     )
+    given = _given(args, TransformerConfig)
+    if "attention_backend" in given:
+        given["attention_backend"] = AttnBackend[given["attention_backend"]]
+    return TransformerConfig(**(given | ours))
 
 
 def _leave_as_is(weight: torch.Tensor) -> torch.Tensor:
@@ -82,27 +68,27 @@ def _leave_as_is(weight: torch.Tensor) -> torch.Tensor:
 
 def ddp_config(args: Namespace) -> DistributedDataParallelConfig:
     """How gradients are accumulated and reduced. Non-finite ones are found after the reduction, by all ranks alike."""
-    in_fp32 = params_dtype(args) is torch.bfloat16 or bool(getattr(args, "accumulate_allreduce_grads_in_fp32", False))
-    return DistributedDataParallelConfig(
-        grad_reduce_in_fp32=in_fp32,
-        check_for_nan_in_grad=False,
-        bucket_size=getattr(args, "ddp_bucket_size", None),
-        **_given(args, _DDP_FLAGS),
-    )
+    given = _given(args, DistributedDataParallelConfig) | {"check_for_nan_in_grad": False}
+    if params_dtype(args) is torch.bfloat16:
+        given["grad_reduce_in_fp32"] = True
+    return DistributedDataParallelConfig(**given)
 
 
 def optimizer_config(args: Namespace) -> OptimizerConfig:
     """The optimizer's settings; the learning rate is the scheduler's from then on."""
-    flags = _given(args, _OPTIMIZER_FLAGS)
     dtype = params_dtype(args)
+    given = {"min_lr": 0.0} | _given(args, OptimizerConfig)
     return OptimizerConfig(
-        **({"min_lr": 0.0} | flags),
-        params_dtype=dtype,
-        bf16=dtype is torch.bfloat16,
-        fp16=dtype is torch.float16,
+        **(given | dict(params_dtype=dtype, bf16=dtype is torch.bfloat16, fp16=dtype is torch.float16))
     )
 
 
-def _given(args: Namespace, names: tuple[str, ...]) -> dict[str, Any]:
-    """Those of the names that args have, None counting as not given."""
-    return {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
+def refuses_non_finite_steps(args: Namespace) -> bool:
+    """Whether a gradient that is not finite ends the run (Megatron's default) or only its step."""
+    return bool(megatron_fields(args).get("check_for_nan_in_grad", True))
+
+
+def _given(args: Namespace, config: type) -> dict[str, Any]:
+    """What the command line says about fields of one of Megatron's dataclasses."""
+    names = {field.name for field in dataclasses.fields(config) if field.init}
+    return {name: value for name, value in megatron_fields(args).items() if name in names}

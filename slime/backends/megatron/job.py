@@ -17,6 +17,7 @@ from slime.algorithm.passes import needs_old_log_probs, needs_ref_log_probs
 from slime.backends.megatron import checkpoint, parallel
 from slime.backends.megatron import optimizer as optimizers
 from slime.backends.megatron.accelerator import Accelerator
+from slime.backends.megatron.config import refuses_non_finite_steps
 from slime.backends.megatron.memory import TrainingMemory
 from slime.backends.megatron.microbatches import Packer, TrainStep, local_rollout, train_steps
 from slime.backends.megatron.model import build_models, unwrap
@@ -141,6 +142,8 @@ class TrainingJob:
         checkpoint.load(folder, iteration, self.models, self.optimizer, self.scheduler, with_random_state)
 
     def save(self, rollout_id: int) -> None:
+        if not self.args.save:
+            raise ValueError("There is no folder to save to: give --save.")
         self.memory.restore()
         if getattr(self.args, "no_save_optim", False):
             checkpoint.save(self.args.save, rollout_id, self.models)
@@ -236,7 +239,7 @@ class TrainingJob:
         """
         seen = ", ".join(f"{name} {value:g}" for name, value in metrics.items())
         what = f"Rollout {rollout_id}, step {step_id}: the gradient norm is {grad_norm} ({seen})."
-        if getattr(self.args, "fp16", False) or not getattr(self.args, "check_for_nan_in_loss_and_grad", True):
+        if getattr(self.args, "fp16", False) or not refuses_non_finite_steps(self.args):
             logger.warning("%s The step is skipped.", what)
             return
         raise FloatingPointError(
