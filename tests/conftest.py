@@ -20,10 +20,13 @@ MARKER_OF_FOLDER = {"e2e": "e2e", "gpu": "gpu"}
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whatever lies in tests/e2e or tests/gpu carries that marker, so that none is forgotten."""
+    """Whatever lies in tests/e2e or tests/gpu carries that marker, so that none is forgotten.
+
+    What needs a stock SGLang server carries only `sglang`: it runs where scripts/sglang_cpu/setup.sh was run.
+    """
     for item in items:
         folder = item.path.relative_to(ROOT / "tests").parts[0] if item.path.is_relative_to(ROOT / "tests") else ""
-        if folder in MARKER_OF_FOLDER:
+        if folder in MARKER_OF_FOLDER and item.get_closest_marker("sglang") is None:
             item.add_marker(MARKER_OF_FOLDER[folder])
 
 

@@ -36,6 +36,10 @@ class RayTrainGroup:
         """Version that the engines hold since the last sync (0: none yet)."""
         return self._version
 
+    def continue_versions(self, start_rollout_id: int) -> None:
+        """Count on after a resume: samples kept from before carry versions up to that many."""
+        self._version = max(self._version, start_rollout_id)
+
     def create(self, rollout_manager: Any = None) -> list[int]:
         """Start all ranks and load the model; returns each rank's first rollout id. Does nothing when alive."""
         if self._actors:

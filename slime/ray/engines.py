@@ -15,7 +15,7 @@ from slime.backends.base import EngineClient, EngineSpec
 from slime.backends.sglang.client import SGLangClient
 from slime.backends.sglang.router import RouterClient, router_command
 from slime.ray import cluster
-from slime.ray.waiting import RemoteError, wait_for
+from slime.ray.waiting import wait_for
 from slime.utils.processes import ServerProcess, free_port
 from slime.weight_sync.sync import on_each
 from slime.weight_sync.transports import shared_memory_folder
@@ -65,14 +65,14 @@ class EngineActor:
         """Block until the server answers; its death or silence is an error with its last log lines."""
         self._started().wait_until_healthy(f"{self._spec.url}/health", timeout_s)
 
-    def is_alive(self) -> bool:
-        return self._started().poll() is None
+    def how_it_ended(self) -> str | None:
+        """None while the server runs; else its exit code and its last log lines."""
+        process = self._started()
+        code = process.poll()
+        return None if code is None else f"exit code {code}\n{process.log_tail(20)}"
 
     def pid(self) -> int | None:
         return self._started().pid
-
-    def log_tail(self, lines: int = 20) -> str:
-        return self._started().log_tail(lines)
 
     def stop(self) -> None:
         if self._process is not None:
@@ -146,14 +146,18 @@ class Engines:
             ", ".join(record.url for record in self.records),
         )
 
-    def check_alive(self) -> None:
-        """Raise if an engine or the router has died, with its last log lines."""
-        if self._router is not None and self._router.poll() is not None:
-            raise RemoteError(f"The router died (exit code {self._router.poll()}):\n{self._router.log_tail(20)}")
-        alive = ray.get([actor.is_alive.remote() for actor in self._actors])
-        for record, actor, is_alive in zip(self.records, self._actors, alive, strict=True):
-            if not is_alive:
-                raise RemoteError(f"{record.name} ({record.url}) died:\n{ray.get(actor.log_tail.remote())}")
+    def dead(self) -> list[str]:
+        """One text for each server that has died: its name, address and last log lines."""
+        texts = []
+        if self._router is not None and (code := self._router.poll()) is not None:
+            texts.append(f"The router ({self._router_url}) died with exit code {code}:\n{self._router.log_tail(20)}")
+        ended = ray.get([actor.how_it_ended.remote() for actor in self._actors])
+        texts += [
+            f"{record.name} ({record.url}) died: {text}"
+            for record, text in zip(self.records, ended, strict=False)
+            if text is not None
+        ]
+        return texts
 
     def release_memory(self) -> None:
         """Give back weights and caches of every engine."""

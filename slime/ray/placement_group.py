@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from ray.util.placement_group import (
     placement_group,
     placement_group_table,
@@ -20,6 +21,7 @@ from slime.ray.waiting import RemoteError, wait_for
 logger = logging.getLogger(__name__)
 
 _PLACEMENT_TIMEOUT_S = 60.0
+_DISPOSE_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,11 @@ def create_rollout_manager(args: Namespace, devices: Devices) -> tuple[Any, int 
     Resolves `args.num_rollout` where only --num-epoch was given.
     """
     manager = RolloutManager.options(num_cpus=1, num_gpus=0, max_concurrency=4).remote(args, devices)
-    wait_for({"the rollout manager": manager.start.remote()}, "start engines and load prompts")
+    try:
+        wait_for({"the rollout manager": manager.start.remote()}, "start engines and load prompts")
+    except BaseException:
+        dispose(manager)
+        raise
     num_rollout_per_epoch = ray.get(manager.get_num_rollout_per_epoch.remote())
     if args.num_rollout is None:
         args.num_rollout = args.num_epoch * num_rollout_per_epoch
@@ -110,12 +116,21 @@ def create_rollout_manager(args: Namespace, devices: Devices) -> tuple[Any, int 
     return manager, num_rollout_per_epoch
 
 
+def dispose(manager: Any) -> None:
+    """End the servers of a rollout manager; one that is dead or hangs is left to its servers' own watchdogs."""
+    try:
+        ray.get(manager.dispose.remote(), timeout=_DISPOSE_TIMEOUT_S)
+    except (RayError, TimeoutError) as error:
+        logger.warning("the rollout manager did not end its servers: %s", error)
+
+
 def create_training_models(args: Namespace, groups: dict[str, Devices], rollout_manager: Any) -> tuple[Any, Any]:
     """Build the trainers; returns (actor group, critic group or None) and resolves `args.start_rollout_id`."""
     actor = RayTrainGroup(args, devices=groups["actor"], role="actor")
     start_ids = actor.create(rollout_manager)
     if args.start_rollout_id is None:
         args.start_rollout_id = start_ids[0]
+    actor.continue_versions(args.start_rollout_id)
     if args.rollout_global_dataset and rollout_manager is not None and args.start_rollout_id > 0:
         ray.get(rollout_manager.load.remote(args.start_rollout_id - 1))
     return actor, None

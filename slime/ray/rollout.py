@@ -70,10 +70,9 @@ class RolloutController:
     def engine_records(self) -> list[EngineRecord]:
         return self._engines.records if self._engines else []
 
-    def check_engines(self) -> None:
-        """Raise if an engine or the router has died."""
-        if self._engines is not None:
-            self._engines.check_alive()
+    def dead_servers(self) -> list[str]:
+        """One text for each engine or router that has died, with its last log lines."""
+        return self._engines.dead() if self._engines is not None else []
 
     def generate(self, rollout_id: int) -> list[Box] | None:
         """Make one rollout; one `Box(ObjectRef)` a data-parallel rank, or None when nothing is to be trained."""
@@ -99,7 +98,7 @@ class RolloutController:
         )
         samples = [sample for task in output.data.values() for sample in task.get("samples") or []]
         if template := self.args.save_debug_rollout_data:
-            debug_dumps.save_debug_rollout_data(template, hook_id, samples, evaluation=True)
+            debug_dumps.save_debug_rollout_data(template, rollout_id, samples, evaluation=True)
         write_eval_samples(self.args.run_dir, rollout_id, output.data)
         log_eval_rollout_data(rollout_id, self.args, output.data, output.metrics)
 

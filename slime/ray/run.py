@@ -1,5 +1,6 @@
 """A run from start to end: its processes, its clock and its log, and the verbs that `train.py` is written in."""
 
+import contextlib
 import logging
 import os
 import sys
@@ -19,10 +20,12 @@ from slime.ray.placement_group import (
     create_placement_groups,
     create_rollout_manager,
     create_training_models,
+    dispose,
 )
-from slime.ray.progress import ProgressBar
 from slime.ray.schedule import Schedule
+from slime.ray.turns import Turns
 from slime.ray.waiting import RemoteError, wait_for
+from slime.ray.watch import Watch
 from slime.utils.processes import ServerError
 from slime.weight_sync.base import EngineError, WeightSyncError
 
@@ -61,6 +64,7 @@ class Run:
         self.args = args
         self._metrics: dict[str, float] = {}
         self._clock = StepClock()
+        self._log: RunLog | None = None
         self._manager: Any = None
         self._actor: Any = None
 
@@ -73,13 +77,15 @@ class Run:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._actor is not None:
-            self._actor.close()
-        if self._manager is not None:
-            ray.get(self._manager.dispose.remote(), timeout=60)
-        if hasattr(self, "_log"):
-            self._log.close()
-        cluster.stop()
+        """End every process and close the log, whatever state the run is in."""
+        with contextlib.ExitStack() as ends:  # runs all of them, last first, even if one fails
+            ends.callback(cluster.stop)
+            if self._log is not None:
+                ends.callback(self._log.close)
+            if self._manager is not None:
+                ends.callback(dispose, self._manager)
+            if self._actor is not None:
+                ends.callback(self._actor.close)
 
     def _start(self) -> None:
         self._start_processes()
@@ -105,6 +111,7 @@ class Run:
             )
             self._actor, _ = create_training_models(args, groups, self._manager)
         self.schedule = Schedule.of(args, rollouts_per_epoch)
+        self._turns = Turns(args, self._actor, self._manager)
 
     def _connect(self) -> None:
         if self._actor is None or self.args.debug_train_only:
@@ -124,8 +131,8 @@ class Run:
 
     def generate(self, rollout_id: int) -> list[Any] | None:
         """Rewarded samples of one rollout, as one shard a data-parallel rank."""
-        with self._clock.phase("generate"), ProgressBar(self._manager) as bar:
-            shards = self._ask("generate", rollout_id, what=f"generate rollout {rollout_id}", watch=bar.draw)
+        with self._clock.phase("generate"), Watch(self._manager) as watch:
+            shards = self._ask("generate", rollout_id, what=f"generate rollout {rollout_id}", watch=watch.look)
             self._metrics |= ray.get(self._manager.take_metrics.remote())
         return shards
 
@@ -133,12 +140,7 @@ class Run:
         """Train on the shards; nothing in --debug-rollout-only."""
         if self._actor is None or shards is None:
             return
-        with self._clock.phase("offload"):
-            if self.args.offload_rollout:
-                self._ask("offload", what="release the engines' memory")
-        with self._clock.phase("onload"):
-            if self.args.offload_train:
-                self._actor.onload()
+        self._turns.to_trainer(self._clock)
         with self._clock.phase("train"):
             self._metrics |= self._actor.train(rollout_id, shards)
 
@@ -158,25 +160,19 @@ class Run:
         """Give the engines the trainer's weights, proved equal."""
         if self._actor is None or self.args.debug_train_only:
             return
-        with self._clock.phase("offload"):
-            if self.args.offload_train:
-                self._actor.offload()
-        with self._clock.phase("onload"):
-            if self.args.offload_rollout and self._actor.weight_version > 0:
-                self._ask("onload_weights", what="take the engines' memory back")
+        self._turns.to_engines(self._clock)
         with self._clock.phase("sync"):
             self._metrics |= self._actor.update_weights()
-        with self._clock.phase("onload"):
-            if self.args.offload_rollout and self._actor.weight_version > 1:
-                self._ask("onload_kv", what="take the engines' caches back")
+        self._turns.to_generation(self._clock)
 
     def evaluate(self, rollout_id: int) -> None:
-        """Run every evaluation task with the weights that the engines hold."""
-        with self._clock.phase("eval"), ProgressBar(self._manager) as bar:
-            self._ask("eval", rollout_id, what="evaluate", watch=bar.draw)
+        """Run every evaluation task with the weights that the engines hold; -1 is before the first rollout."""
+        with self._clock.phase("eval"), Watch(self._manager) as watch:
+            self._ask("eval", rollout_id, what="evaluate", watch=watch.look)
             self._metrics |= ray.get(self._manager.take_metrics.remote())
 
     def _write_log(self, rollout_id: int) -> None:
+        assert self._log is not None, "a step outside of `with Run(...)`"
         self._log.step(rollout_id, self._metrics | self._clock.finish())
         self._metrics = {}
 

@@ -17,6 +17,7 @@ class Schedule:
     exports: bool = False
     """A HuggingFace folder is wanted, at least of the last rollout (--save-hf)."""
     sync_interval: int = 1
+    """1 where engines give their memory back while training: they hold no weights until the next sync."""
     rollouts_per_epoch: int | None = None
     skips_first_eval: bool = False
 
@@ -28,7 +29,7 @@ class Schedule:
             eval_interval=args.eval_interval if args.eval_datasets else None,
             save_interval=args.save_interval,
             exports=args.save_hf is not None,
-            sync_interval=args.update_weights_interval,
+            sync_interval=1 if args.offload_rollout else args.update_weights_interval,
             rollouts_per_epoch=rollouts_per_epoch,
             skips_first_eval=args.skip_eval_before_train,
         )
@@ -50,8 +51,9 @@ class Schedule:
         return saves and (rollout_id == self.stop - 1 or self._is_due(rollout_id, self.save_interval))
 
     def syncs_after(self, rollout_id: int) -> bool:
-        """Engines get new weights at the interval, and before anything that reads them at the end."""
-        return (rollout_id + 1) % self.sync_interval == 0 or rollout_id == self.stop - 1
+        """Engines get new weights at the interval, before an evaluation, and at the end."""
+        is_last = rollout_id == self.stop - 1
+        return is_last or (rollout_id + 1) % self.sync_interval == 0 or self.evaluates_after(rollout_id)
 
     def _is_due(self, rollout_id: int, interval: int | None) -> bool:
         if interval is None:

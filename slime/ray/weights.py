@@ -1,7 +1,6 @@
 """Which transport and which digests a run's weight sync uses; the one place that knows both ends."""
 
 import json
-import tempfile
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -37,9 +36,8 @@ def make_weight_sync(
 
 def _transport(args: Namespace, engines: Sequence[EngineRecord]) -> Transport:
     if args.update_weight_transport == "disk":
-        folder = args.update_weight_disk_dir or tempfile.mkdtemp(prefix="slime-weights-")
         return DiskTransport(
-            Path(folder),
+            Path(args.update_weight_disk_dir),
             model_path=args.hf_checkpoint,
             keep_files=args.update_weight_disk_keep_files,
         )

@@ -1,8 +1,9 @@
-"""How slime starts an embedded engine: the command line and environment of one server process.
+"""How slime starts an embedded engine: the command line and whole environment of one server process.
 
 Imports neither torch nor transformers, so that a plan can be shown without them.
 """
 
+import os
 import sys
 from argparse import Namespace
 
@@ -22,7 +23,7 @@ PASSED_ON = {
 
 
 def server_command(args: Namespace, spec: EngineSpec) -> tuple[list[str], dict[str, str]]:
-    """(argv, environment additions) of the server process that `spec` describes.
+    """(argv, whole environment) of the server process that `spec` describes.
 
     args: slime's flat arguments; `sglang_*` values that mean something here are passed on, None means the default.
     """
@@ -48,7 +49,7 @@ def server_command(args: Namespace, spec: EngineSpec) -> tuple[list[str], dict[s
             argv += [flag, str(value)]
     threads = str(spec.threads)
     # Waiting threads must sleep: spinning ones take the core from the process whose turn it is.
-    return argv, {
+    return argv, dict(os.environ) | {
         "OMP_NUM_THREADS": threads,
         "MKL_NUM_THREADS": threads,
         "OMP_WAIT_POLICY": "PASSIVE",

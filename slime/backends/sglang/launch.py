@@ -53,7 +53,6 @@ def _from_spec(args: Namespace, spec: EngineSpec) -> list[str]:
     pp_size = int(getattr(args, "sglang_pp_size", None) or 1)
     argv = [
         "--model-path", spec.model_path,
-        "--trust-remote-code",
         "--host", spec.host,
         "--port", str(spec.port),
         "--device", spec.device,
@@ -61,6 +60,8 @@ def _from_spec(args: Namespace, spec: EngineSpec) -> list[str]:
         "--random-seed", str(spec.seed),
         "--skip-server-warmup",
     ]  # fmt: skip
+    if getattr(args, "trust_remote_code", False):
+        argv += ["--trust-remote-code"]
     if spec.nccl_port:
         argv += ["--nccl-port", str(spec.nccl_port)]
     if not getattr(args, "sglang_enable_metrics", None):

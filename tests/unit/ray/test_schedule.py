@@ -30,3 +30,13 @@ def test_a_resumed_run_does_not_evaluate_the_untrained_model_again() -> None:
 def test_engines_get_the_final_weights_whatever_the_interval() -> None:
     schedule = Schedule(start=0, stop=5, sync_interval=3)
     assert [i for i in schedule if schedule.syncs_after(i)] == [2, 4]
+
+
+def test_an_evaluation_reads_the_weights_of_its_own_step() -> None:
+    schedule = Schedule(start=0, stop=6, sync_interval=4, eval_interval=3)
+    assert [i for i in schedule if schedule.syncs_after(i)] == [2, 3, 5]
+
+
+def test_a_model_is_exported_once_at_the_end_without_an_interval() -> None:
+    schedule = Schedule(start=0, stop=3, exports=True)
+    assert [i for i in schedule if schedule.saves_after(i)] == [2]

@@ -1,6 +1,7 @@
-"""Draw how far the rollout manager is, where there is a terminal to draw on."""
+"""While the rollout manager works: draw how far it is, and notice an engine or router that has died."""
 
 import sys
+import time
 from types import TracebackType
 from typing import Any, Self
 
@@ -8,14 +9,19 @@ import ray
 from ray.exceptions import GetTimeoutError
 from tqdm import tqdm
 
+from slime.ray.waiting import RemoteError
+
 _ASK_TIMEOUT_S = 1.0
+_CHECK_TIMEOUT_S = 30.0
+_CHECK_INTERVAL_S = 5.0
 
 
-class ProgressBar:
-    """A bar that follows the manager's `progress()`; call `draw` now and then. Nothing without a terminal."""
+class Watch:
+    """Call `look` about once a second while waiting. The bar is drawn only on a terminal."""
 
     def __init__(self, manager: Any) -> None:
         self._manager = manager
+        self._checked_s = time.monotonic()
         self._bar: tqdm[None] | None = None
 
     def __enter__(self) -> Self:
@@ -25,8 +31,26 @@ class ProgressBar:
         if self._bar is not None:
             self._bar.close()
 
-    def draw(self) -> None:
-        """Ask how far it is and show it."""
+    def look(self) -> None:
+        """Draw the bar; every few seconds ask whether all servers are alive.
+
+        Raises:
+            RemoteError: one is not; names it and ends with its last log lines.
+        """
+        self._draw()
+        if time.monotonic() - self._checked_s > _CHECK_INTERVAL_S:
+            self._checked_s = time.monotonic()
+            self._check()
+
+    def _check(self) -> None:
+        try:
+            dead = ray.get(self._manager.dead_servers.remote(), timeout=_CHECK_TIMEOUT_S)
+        except GetTimeoutError:
+            return  # busy; it is asked again
+        if dead:
+            raise RemoteError("\n".join(dead))
+
+    def _draw(self) -> None:
         if not sys.stderr.isatty():
             return
         try:
