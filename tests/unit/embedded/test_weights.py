@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from slime.backends.embedded.attention import ShapeProbe
-from slime.backends.embedded.linear import PackedMatrix, new_matrix
+from slime.backends.embedded.linear import DenseMatrix, PackedMatrix, can_pack
 from slime.backends.embedded.model import ServedModel
 from slime.backends.embedded.weights import TensorInfo, WeightError, digest, load_folder
 from tests.contracts.engine.tiny_model import save_tiny_model
@@ -154,15 +154,19 @@ def test_a_folder_without_weights_is_an_error_with_its_name(model: ServedModel, 
         load_folder(model.weights, tmp_path, is_tied=True)
 
 
-@pytest.mark.skipif(not has_bf16, reason="this CPU has no bf16 instructions")
+@pytest.mark.parametrize("kind", [DenseMatrix, PackedMatrix])
+@pytest.mark.parametrize("dtype", dtypes, ids=str)
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (64, 64), (97, 31), (33, 130)])
-def test_packing_changes_no_byte(shape: tuple[int, int]):
-    matrix = new_matrix(*shape, torch.bfloat16)
-    assert isinstance(matrix, PackedMatrix)
-    rows = torch.randn(shape).bfloat16()
-    matrix.write(0, rows[: shape[0] // 2])
+def test_storing_changes_no_byte(shape: tuple[int, int], dtype: torch.dtype, kind: type):
+    if kind is PackedMatrix and not can_pack(dtype):
+        pytest.skip("oneDNN does not multiply this dtype on this CPU")
+    matrix = kind(*shape, dtype)
+    rows = torch.randn(shape).to(dtype)
     matrix.write(shape[0] // 2, rows[shape[0] // 2 :])
     matrix.flush()
+    matrix.write(0, rows[: shape[0] // 2])
+    matrix.flush()
     assert torch.equal(matrix.dense(), rows)
-    x = torch.randn(2, shape[1]).bfloat16()
-    torch.testing.assert_close(matrix.product(x, None), x @ rows.T, atol=0.1, rtol=0.05)
+    x = torch.randn(2, shape[1]).to(dtype)
+    tolerance = dict(atol=1e-5, rtol=1e-5) if dtype == torch.float32 else dict(atol=0.1, rtol=0.05)
+    torch.testing.assert_close(matrix.product(x, None), x @ rows.T, **tolerance)
