@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import torch
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from slime.backends.megatron.config import optimizer_config
@@ -84,11 +83,24 @@ def step(optimizer: MegatronOptimizer) -> StepResult:
     if not torch.isfinite(torch.tensor(grad_norm)):
         return StepResult(False, grad_norm)
     for part in optimizer.chained_optimizers:
-        parameters = [] if getattr(part, "is_stub_optimizer", False) else part.get_parameters()
-        if parameters and part.config.clip_grad > 0.0:
-            clip_grad_by_total_norm_fp32(parameters, max_norm=part.config.clip_grad, total_norm=grad_norm)
+        if not getattr(part, "is_stub_optimizer", False):
+            _clip(part, grad_norm)
     optimizer.step_with_ready_grads()
     return StepResult(True, grad_norm)
+
+
+def _clip(part: MegatronOptimizer, grad_norm: float) -> None:
+    """Scale gradients in place so that the whole model's norm is at most --clip-grad. (Megatron's own function copies
+    every gradient where neither Transformer Engine nor apex is installed.)"""
+    config = part.config
+    factor = config.clip_grad / (grad_norm + 1e-6)
+    if config.clip_grad <= 0.0 or factor >= 1.0:
+        return
+    name = "decoupled_grad" if config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 else "grad"
+    gradients = [getattr(parameter, name) for parameter in part.get_parameters()]
+    gradients = [gradient for gradient in gradients if gradient is not None]
+    if gradients:
+        torch._foreach_mul_(gradients, factor)
 
 
 def learning_rates(optimizer: MegatronOptimizer) -> list[float]:
