@@ -4,7 +4,7 @@ An entry goes when its work is done. A flag belongs here only while nothing read
 """
 
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from slime.config.errors import Problems
@@ -22,6 +22,14 @@ def _not(default: Any) -> _Test:
 
 UNBUILT: dict[str, tuple[_Test, str]] = {
     "advantage_estimator": (lambda value: value == "ppo", "there is no critic; use grpo"),
+    "context_parallel_size": (_not(1), "the trainer does not slice a sequence; use 1"),
+    "expert_model_parallel_size": (_not(1), "mixtures of experts are not trained; use 1"),
+    "expert_tensor_parallel_size": (_not(1), "mixtures of experts are not trained; leave it out"),
+    "virtual_pipeline_model_parallel_size": (_not(None), "pipeline stages are not interleaved; leave it out"),
+    "num_layers_per_virtual_pipeline_stage": (_not(None), "pipeline stages are not interleaved; leave it out"),
+    "num_virtual_stages_per_pipeline_rank": (_not(None), "pipeline stages are not interleaved; leave it out"),
+    "num_experts": (_is_on, "mixtures of experts are not trained; choose a dense model"),
+    "multi_latent_attention": (_is_on, "models with latent attention are not trained; choose another model"),
     "use_routing_replay": (_is_on, "mixtures of experts are not trained"),
     "use_rollout_routing_replay": (_is_on, "mixtures of experts are not trained"),
     "async_buffer_size": (_not(1), "generation does not run ahead of training; leave it at 1"),
@@ -40,17 +48,26 @@ UNBUILT: dict[str, tuple[_Test, str]] = {
     "profile_target": (_not(["train_overall"]), "leave it out"),
     "record_memory_history": (_is_on, "leave it out"),
     "use_opd": (_is_on, "on-policy distillation has no teacher yet; leave it out"),
+    "opd_teacher_load": (_is_on, "on-policy distillation has no teacher yet; leave it out"),
+    "opd_teacher_ckpt_step": (_not(None), "on-policy distillation has no teacher yet; leave it out"),
     "prefill_num_servers": (_is_on, "engines prefill and decode in one process; leave it out"),
     "sglang_config": (_is_on, "all engines are of one kind, by --rollout-num-gpus-per-engine"),
     "use_fault_tolerance": (_is_on, "an engine that dies ends the run; leave it out"),
+    "rollout_health_check_interval": (_not(30.0), "an engine that dies ends the run; leave it out"),
+    "rollout_health_check_timeout": (_not(30.0), "an engine that dies ends the run; leave it out"),
+    "rollout_health_check_first_wait": (_not(0.0), "an engine that dies ends the run; leave it out"),
     "http_proxy": (_is_on, "slime's own traffic never goes through a proxy; leave it out"),
     "use_distributed_post": (_is_on, "one process sends the requests; leave it out"),
     "keep_old_actor": (_is_on, "leave it out"),
     "rollout_data_transport": (_not("object-store"), "use object-store"),
     "rollout_external_engine_addrs": (_is_on, "slime starts its engines itself; leave it out"),
+    "sglang_api_key": (_is_on, "slime's own calls would carry no key; leave it out"),
+    "model_name": (_is_on, "the family of a model is read from its config.json; leave it out"),
     "rollout_top_p": (
         _not(1.0), "training needs the kept tokens of each step, which stock engines do not return; leave it at 1"
     ),
+    "padded_vocab_size": (_not(None), "the vocabulary is padded for tensor parallelism alone; leave it out"),
+    "log_probs_max_tokens_per_gpu": (_not(None), "passes for log-probs take --max-tokens-per-gpu; leave it out"),
     "keep_last": (_is_on, "checkpoints are not deleted; leave it out"),
     "allgather_cp": (_is_on, "leave it out"),
     "custom_model_provider_path": (_is_on, "models are those of slime.models; leave it out"),
@@ -62,6 +79,8 @@ UNBUILT: dict[str, tuple[_Test, str]] = {
     "megatron_deepgemm_moe_forward_layers": (_is_on, "leave it out"),
     "megatron_deepgemm_moe_forward_modules": (_is_on, "leave it out"),
     "mtp_num_layers": (_is_on, "leave it out"),
+    "mtp_loss_scaling_factor": (_not(0.2), "leave it out"),
+    "qwen_gdn_backend": (_not("fla"), "models with gated-delta-net layers are not trained; leave it out"),
     "num_critic_only_steps": (_is_on, "there is no critic"),
     "recompute_loss_function": (_is_on, "the head already works in chunks; leave it out"),
     "release_train": (_is_on, "use --colocate, which gives memory back between phases"),
@@ -70,20 +89,54 @@ UNBUILT: dict[str, tuple[_Test, str]] = {
     "custom_update_weight_post_write_path": (_is_on, "leave it out"),
     "update_weight_local_checkpoint_dir": (_is_on, "leave it out"),
     "update_weight_mode": (_not("full"), "use full"),
+    "update_weight_delta_encoding": (_not("xor"), "weights are sent whole; leave it out"),
+    "update_weight_delta_checksum": (_not("xxh3-128"), "weights are sent whole; leave it out"),
 }  # fmt: skip
 """Dest -> (whether a value asks for it, what to do instead)."""
 
 
 def nothing_unbuilt_is_asked_for(args: Namespace) -> None:
-    """Every flag that was given does something.
+    """Every flag that was given does something, and what was asked for together works together.
+
+    Args:
+        args: as `build_args` returns them; `args.plan.given` holds what was said.
 
     Raises:
-        ConfigError: those that do not.
+        ConfigError: whatever is not built.
     """
     problems = Problems()
+    given = args.plan.given
     for name, (asks_for_it, instead) in UNBUILT.items():
-        value = getattr(args, name)
-        if asks_for_it(value):
-            shown = "" if value is True else f" {value}"
+        if name in given and asks_for_it(given[name]):
+            shown = "" if given[name] is True or name in _SECRET else f" {given[name]}"
             problems.add(f"--{name.replace('_', '-')}{shown} is not built yet: {instead}")
+    problems.add(*_of_the_devices(args))
     problems.raise_if_any()
+
+
+_SECRET = {"sglang_api_key"}
+
+
+def _of_the_devices(args: Namespace) -> Iterator[str]:
+    """What is not built on the devices that the plan chose."""
+    plan = args.plan
+    p = plan.placement
+    if plan.device.value == "cuda":
+        if p.colocate and p.num_engines:
+            yield (
+                "--colocate is not built yet on GPUs: training and generation cannot take turns on one; drop it and "
+                "give the engines devices of their own with --rollout-num-gpus"
+            )
+        if plan.engine.value == "embedded" and p.num_engines:
+            yield (
+                f"--rollout-engine embedded ({plan.engine.reason}) is not built yet on GPUs: it computes on the CPU; "
+                "install SGLang (pip install -e '.[gpu]') or set SLIME_SGLANG_PYTHON to an interpreter that has it, or "
+                "train on the CPU too with --device cpu"
+            )
+        if args.distributed_backend != "nccl":
+            yield f"--distributed-backend {args.distributed_backend} is not built yet on GPUs: use nccl"
+    elif p.devices_available is None and p.actor_num_nodes > 1:
+        yield (
+            f"--actor-num-nodes {p.actor_num_nodes} with --device cpu is not built yet on a Ray cluster (RAY_ADDRESS): "
+            "CPU ranks of several nodes do not find each other; use --actor-num-nodes 1"
+        )

@@ -4,6 +4,7 @@
 """
 
 import queue
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,6 +48,33 @@ def latest_iteration(folder: str | Path | None) -> int | None:
             "Write the number of one that is there into the file."
         )
     return int(text)
+
+
+def find_iteration(path: str | Path | None, step: int | None = None) -> tuple[str, int | None]:
+    """(checkpoint folder, iteration to load); None as the iteration if `path` is no Megatron checkpoint.
+
+    Args:
+        path: the folder that holds iterations, or one `iter_0000012` in it.
+        step: the iteration that is wanted (--ckpt-step, --ref-ckpt-step); the newest when None.
+
+    Raises:
+        ValueError: the iteration is not there; names those that are.
+    """
+    if path is None:
+        return "", None
+    folder, wanted = Path(path), step
+    if re.fullmatch(r"iter_\d{7}", folder.name) and folder.is_dir():
+        wanted = int(folder.name.removeprefix("iter_")) if step is None else step
+        folder = folder.parent
+    else:
+        newest = latest_iteration(folder)
+        if newest is None or wanted is None:
+            return str(folder), newest
+    assert wanted is not None
+    if not iteration_path(folder, wanted).is_dir():
+        present = ", ".join(sorted(found.name for found in folder.glob("iter_*"))) or "none"
+        raise ValueError(f"{folder} holds no iteration {wanted}; there are: {present}. Give one of them.")
+    return str(folder), wanted
 
 
 def iteration_path(folder: str | Path, iteration: int) -> Path:

@@ -24,6 +24,7 @@ from slime.backends.megatron.model import build_models, unwrap
 from slime.backends.megatron.passes import compute_log_probs, forward_backward
 from slime.backends.megatron.reference import HostWeights
 from slime.backends.megatron.stopwatch import Stopwatch
+from slime.backends.megatron.train_dump import save_train_dump
 from slime.backends.megatron.weights import MegatronWeights, load_hf_weights
 from slime.models.families import family_of
 from slime.models.hf_folder import save_hf_folder
@@ -100,21 +101,22 @@ class TrainingJob:
     def load(self) -> int:
         """Load the reference (kept apart), then the policy; returns the first rollout id.
 
-        The policy comes from the newest iteration in --load; without one, from --load if that is a HuggingFace folder,
-        or else from --hf-checkpoint.
+        The policy comes from --ckpt-step or the newest iteration in --load; without one, from --load if that is a
+        HuggingFace folder, or else from --hf-checkpoint.
         """
         args = self.args
-        iteration = checkpoint.latest_iteration(getattr(args, "load", None))
-        initial = args.load if iteration is None and _is_hf_folder(getattr(args, "load", None)) else args.hf_checkpoint
+        load = getattr(args, "load", None)
+        folder, iteration = checkpoint.find_iteration(load, getattr(args, "ckpt_step", None))
+        initial = load if iteration is None and _is_hf_folder(load) else args.hf_checkpoint
         if needs_ref_log_probs(args):
             reference = getattr(args, "ref_load", None) or initial
-            self._load_weights(reference)
+            self._load_weights(reference, getattr(args, "ref_ckpt_step", None))
             self.reference = HostWeights(self.models)
         else:
             reference = None
         start = getattr(args, "start_rollout_id", None)
         if iteration is not None:
-            self._load_checkpoint(args.load, iteration)
+            self._load_checkpoint(folder, iteration)
             first = 0 if getattr(args, "finetune", False) else iteration + 1
         else:
             if reference is None or Path(reference).resolve() != Path(initial).resolve():
@@ -123,13 +125,13 @@ class TrainingJob:
             first = 0
         return first if start is None else int(start)
 
-    def _load_weights(self, path: str) -> None:
-        """Weights alone, from a HuggingFace folder or the newest iteration of a Megatron one."""
-        iteration = checkpoint.latest_iteration(path)
+    def _load_weights(self, path: str, step: int | None = None) -> None:
+        """Weights alone, from a HuggingFace folder or an iteration (the newest unless given) of a Megatron one."""
+        folder, iteration = checkpoint.find_iteration(path, step)
         if iteration is None:
             load_hf_weights(self.models, path)
         else:
-            checkpoint.load(path, iteration, self.models)
+            checkpoint.load(folder, iteration, self.models)
 
     def _load_checkpoint(self, folder: str, iteration: int) -> None:
         """A checkpoint of a run: to go on with it, or (--finetune, --no-load-optim) its weights alone."""
@@ -181,6 +183,8 @@ class TrainingJob:
         with self._stopwatch.timed("actor_train"):
             metrics |= self._train_steps(rollout_id, data, steps)
             self._finish_gathering()
+        if getattr(args, "save_debug_train_data", None):
+            save_train_dump(args, rollout_id, self.rank, data)
         self._update_reference(rollout_id)
         num_tokens = sum(data["total_lengths"])
         return metrics | self._stopwatch.metrics(num_tokens, self.world_size // self.parallel_config["dp_size"])

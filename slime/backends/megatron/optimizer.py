@@ -42,7 +42,10 @@ def build_scheduler(args: Namespace, optimizer: MegatronOptimizer) -> OptimizerP
     """Learning rate by the number of samples trained, as in Megatron: warm-up, then --lr-decay-style.
 
     --lr-warmup-fraction and --lr-warmup-iters, --lr-decay-iters count optimizer steps of --global-batch-size samples.
+    A resumed run follows its command line, so that a new --lr or --num-rollout takes effect; with
+    --use-checkpoint-opt_param-scheduler it follows the checkpoint.
     """
+    follows_checkpoint = bool(getattr(args, "use_checkpoint_opt_param_scheduler", False))
     batch = args.global_batch_size
     decay_samples = max((getattr(args, "lr_decay_iters", None) or train_iters(args)) * batch, 1)
     if (fraction := getattr(args, "lr_warmup_fraction", None)) is not None:
@@ -64,6 +67,8 @@ def build_scheduler(args: Namespace, optimizer: MegatronOptimizer) -> OptimizerP
         end_wd=weight_decay if end_decay is None else end_decay,
         wd_incr_steps=decay_samples,
         wd_incr_style=getattr(args, "weight_decay_incr_style", None) or "constant",
+        use_checkpoint_opt_param_scheduler=follows_checkpoint,
+        override_opt_param_scheduler=not follows_checkpoint,
     )
 
 

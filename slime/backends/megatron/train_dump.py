@@ -1,0 +1,25 @@
+"""What the trainer made of a rollout, written for debugging (--save-debug-train-data)."""
+
+from argparse import Namespace
+from typing import Any
+
+from megatron.core import parallel_state
+
+from slime.backends.megatron import parallel
+from slime.observability.debug_dumps import build_train_dump, save_debug_train_data
+
+
+def save_train_dump(args: Namespace, rollout_id: int, rank: int, data: dict[str, Any]) -> None:
+    """Gather every data-parallel rank's samples and write them on the first. Collective over the last stage.
+
+    Args:
+        rank: of this process, which fills `{rank}` in the path.
+        data: this rank's rollout after training: per-sample lists, `partition` and the schedule.
+    """
+    if not parallel.is_last_stage() or parallel_state.get_tensor_model_parallel_rank() != 0:
+        return
+    data_parallel_rank = int(parallel_state.get_data_parallel_rank())
+    mine = {"rank": rank, "data_parallel_rank": data_parallel_rank, "rollout_data": data}
+    shards = parallel.gather_over_data_parallel(mine)
+    if data_parallel_rank == 0:
+        save_debug_train_data(args.save_debug_train_data, build_train_dump(rollout_id, rank, shards))
