@@ -11,9 +11,11 @@ from collections.abc import Callable, Sequence
 from typing import Literal, NoReturn
 
 from slime.arguments.build import build_args, validate
+from slime.arguments.megatron_check import no_megatron_flag_is_ignored
 from slime.arguments.overrides import parse_megatron_role_args
 from slime.arguments.parser import CustomArguments, add_flag, reset_arg, slime_flags
 from slime.config import ConfigError, megatron_fields
+from slime.config.errors import Problems
 from slime.config.unbuilt import nothing_unbuilt_is_asked_for
 
 __all__ = [
@@ -56,7 +58,7 @@ def parse_args(
         sys.exit(0)
     try:
         args = build_args(words, add_custom_arguments, loop=loop)
-        nothing_unbuilt_is_asked_for(args)
+        _refuse_what_would_do_nothing(args)
     except ConfigError as error:
         _stop(error)
     plan = args.plan
@@ -77,6 +79,7 @@ def slime_validate_args(args: Namespace) -> None:
         ConfigError: everything that is wrong with it.
     """
     validate(args)
+    _refuse_what_would_do_nothing(args)
 
 
 def get_slime_extra_args_provider(
@@ -93,6 +96,12 @@ def get_slime_extra_args_provider(
         return parser
 
     return add_slime_arguments
+
+
+def _refuse_what_would_do_nothing(args: Namespace) -> None:
+    problems = Problems()
+    problems.check_all((nothing_unbuilt_is_asked_for, no_megatron_flag_is_ignored), args)
+    problems.raise_if_any()
 
 
 def _program() -> str:

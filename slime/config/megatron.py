@@ -6,8 +6,7 @@ from typing import Any
 from slime.config.config import Config
 from slime.config.devices import Parallel, Placement
 
-# Kernels that need CUDA, Apex or Transformer Engine.
-_FUSIONS = (
+FUSIONS = (
     "apply_rope_fusion",
     "bias_activation_fusion",
     "bias_dropout_fusion",
@@ -19,6 +18,7 @@ _FUSIONS = (
     "moe_router_fusion",
     "cross_entropy_loss_fusion",
 )
+"""Kernels that need CUDA, Apex or Transformer Engine."""
 
 
 def megatron_fields(args: Namespace) -> dict[str, Any]:
@@ -84,6 +84,8 @@ def forced_values(
     if placement.device == "cpu":
         cpu, notes = _on_cpu(config)
         values |= cpu
+    elif "transformer_impl" in given and megatron.get("transformer_impl") != "local":
+        notes = [f"--transformer-impl {megatron['transformer_impl']}: layers are Megatron's local ones"]
     if megatron.get("sequence_parallel") and tensor == 1:
         notes.append("--sequence-parallel has no effect with --tensor-model-parallel-size 1")
     return values, notes
@@ -91,8 +93,8 @@ def forced_values(
 
 def _on_cpu(config: Config) -> tuple[dict[str, Any], list[str]]:
     """Everything that needs a GPU is off; what was asked for by name is noted."""
-    values: dict[str, Any] = dict.fromkeys(_FUSIONS, False) | {"transformer_impl": "local"}
-    asked = [name for name in _FUSIONS if name in config.given and config.megatron.get(name)]
+    values: dict[str, Any] = dict.fromkeys(FUSIONS, False) | {"transformer_impl": "local"}
+    asked = [name for name in FUSIONS if name in config.given and config.megatron.get(name)]
     flags = ["--" + name.replace("_", "-") for name in asked]
     if "transformer_impl" in config.given and config.megatron["transformer_impl"] != "local":
         flags.append("--transformer-impl")

@@ -138,11 +138,18 @@ COMPARED = {
     "untie_embeddings_and_output_weights": "not tie_word_embeddings",
     "add_qkv_bias": "the family's query-key-value bias",
     "qk_layernorm": "the family's query-key norm",
+    "use_rope_scaling": "rope_scaling of the type llama3",
     "rotary_scaling_factor": "rope_scaling.factor",
+    "rope_scaling_factor": "rope_scaling.factor",
+    "rotary_seq_len_interpolation_factor": "rope_scaling.factor",
 }
 
 
-SWITCHES = {"untie_embeddings_and_output_weights", "add_qkv_bias", "qk_layernorm"}
+# What a config.json that says nothing means.
+UNSAID = dict.fromkeys(
+    ("untie_embeddings_and_output_weights", "add_qkv_bias", "qk_layernorm", "use_rope_scaling"), False
+)
+UNSCALED = dict.fromkeys(("rotary_scaling_factor", "rope_scaling_factor", "rotary_seq_len_interpolation_factor"), 1.0)
 
 
 def compare_with_config(values: Mapping[str, Any], given: frozenset[str], hf: Mapping[str, Any]) -> None:
@@ -156,9 +163,9 @@ def compare_with_config(values: Mapping[str, Any], given: frozenset[str], hf: Ma
     is_whole = "num_layers" in given
     different = []
     for dest, hf_name in COMPARED.items():
-        if not (dest in given or (is_whole and dest in SWITCHES)):
+        if not (dest in given or (is_whole and dest in UNSAID)):
             continue
-        expected = shape.get(dest, False if dest in SWITCHES else None)
+        expected = shape.get(dest, (UNSAID | UNSCALED).get(dest))
         if expected is not None and not _same(values[dest], expected):
             flag = "--" + dest.replace("_", "-")
             different.append(f"{flag} is {values[dest]}, but config.json says {expected} ({hf_name})")

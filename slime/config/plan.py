@@ -46,6 +46,8 @@ class Plan:
     processes: tuple[Process, ...]
     updates: Mapping[str, Any] = field(default_factory=dict, repr=False)
     notes: tuple[str, ...] = ()
+    given: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    """What the user said: value by dest, before anything was derived from it."""
 
     def as_text(self) -> str:
         """The plan as a table, one fact a line."""

@@ -115,6 +115,7 @@ def _plan(
             **_engine_updates(config, placement),
         },
         notes=tuple(notes + _notes(config, placement, engine.value, batch)),
+        given={dest: value for dest, value in {**config.megatron, **config.sglang}.items() if dest in config.given},
     )
 
 
@@ -272,6 +273,12 @@ def _notes(config: Config, p: Placement, engine: str, batch: Batch) -> list[str]
         notes.append(
             f"{p.num_engines} engine(s) with 1 thread leave {p.cores - p.num_engines} core(s) idle while generating; "
             f"--rollout-num-gpus {p.cores} uses all"
+        )
+    interval = config.weight_sync.update_weights_interval
+    if p.offload_rollout and interval > 1:
+        notes.append(
+            f"--update-weights-interval {interval}: weights go out every rollout: engines that gave their memory back "
+            "need them"
         )
     if config.eval.eval_interval and not config.eval_datasets:
         notes.append("--eval-interval without --eval-prompt-data or --eval-config: there is no evaluation")

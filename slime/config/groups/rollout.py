@@ -12,6 +12,8 @@ class RolloutConfig:
 
     hf_checkpoint: str | None = None
     """HuggingFace folder of the model: engines start from it; tokenizer and shape are read from it. Required."""
+    trust_remote_code: bool = False
+    """Run model code that comes with the checkpoint."""
     model_name: str | None = None
     """Family name for converting weights. Default: what the model's config.json says."""
     rollout_function_path: str = "slime.rollout.sglang_rollout.generate_rollout"

@@ -4,6 +4,7 @@ import re
 
 from slime.config.config import Config
 from slime.config.errors import ConfigError, did_you_mean
+from slime.config.groups import RolloutConfig
 
 REWARDS = (
     "answer_tag", "dapo", "deepscaler", "f1", "gpqa", "ifbench", "last_number", "math", "random", "reasoning_gym",
@@ -29,6 +30,34 @@ def reference_exists(config: Config) -> None:
         raise ConfigError(
             f"--ref-load {path}: there is no checkpoint; give a Megatron or HuggingFace folder, or leave the flag out "
             "to take what the actor starts from"
+        )
+
+
+def losses_have_what_they_need(config: Config) -> None:
+    """Without the pass that computes advantages there are neither advantages nor a reference's log-probs."""
+    a, own = config.algorithm, config.reward.custom_convert_samples_to_train_data_path
+    if a.compute_advantages_and_returns:
+        return
+    if config.uses_reference:
+        flag = "--use-kl-loss" if a.use_kl_loss else f"--kl-coef {a.kl_coef}"
+        raise ConfigError(
+            f"{flag} needs the log-probs of the reference model, which --disable-compute-advantages-and-returns leaves "
+            "out; drop one of the two flags"
+        )
+    if a.loss_type == "policy_loss" and own is None and config.rollout.rollout_data_postprocess_path is None:
+        raise ConfigError(
+            "--disable-compute-advantages-and-returns leaves --loss-type policy_loss without advantages; "
+            "add --loss-type sft_loss, or drop the flag"
+        )
+
+
+def groups_are_not_evaluated(config: Config) -> None:
+    """slime's own evaluation grades each response on its own."""
+    function = config.eval.eval_function_path or config.rollout.rollout_function_path
+    if config.reward.group_rm and config.eval_datasets and function == RolloutConfig.rollout_function_path:
+        raise ConfigError(
+            "--group-rm grades the samples of a prompt together, but evaluation grades each on its own; leave out "
+            "--eval-prompt-data and --eval-config, or drop --group-rm"
         )
 
 
@@ -170,6 +199,8 @@ def critic_steps_have_a_critic(config: Config) -> None:
 RULES = (
     one_kl_term,
     reference_exists,
+    losses_have_what_they_need,
+    groups_are_not_evaluated,
     reinforce_is_normalized,
     rollout_logprobs_exclude_tis,
     mismatch_metrics_have_a_function,

@@ -1,16 +1,22 @@
-"""What is not built is refused by name, and what is refused is a flag."""
+"""What is not built is refused by name, and every flag that is not refused is read."""
 
+import ast
 import pathlib
 import re
+from collections.abc import Iterator
 
 import pytest
 
 from slime.arguments import parse_args
-from slime.arguments.parser import slime_flags
+from slime.arguments.parser import slime_flags, table_flags
+from slime.config import Machine
+from slime.config.eval_datasets import FALLBACKS
+from slime.config.groups import GROUPS
 from slime.config.unbuilt import UNBUILT
 from tests.unit.arguments.wrong_command_lines import right_command_line
 
 PACKAGE = pathlib.Path(__file__).parents[3] / "slime"
+ARGS = {"args", "_args", "base_args"}
 READ_BY_PLUG_INS_ALONE = {
     "max_turns", "rollout_buffer_url", "fetch_trajectory_retry_times", "min_batch_collection_ratio", "rollout_task_type"
 }  # fmt: skip
@@ -19,33 +25,145 @@ WITHOUT_EFFECT_BY_DESIGN = {
     "use_tensorboard",  # on by default
     "train_backend",  # one choice
 }
-DETAILS_OF_WHAT_IS_REFUSED = {
-    "mtp_loss_scaling_factor", "opd_teacher_ckpt_step", "opd_teacher_load", "qwen_gdn_backend",
-    "rollout_health_check_first_wait", "rollout_health_check_interval", "rollout_health_check_timeout",
-    "update_weight_delta_checksum", "update_weight_delta_encoding",
-}  # fmt: skip
+FIELDS_OF_MEGATRON = {"clip_grad"}  # reaches the trainer through megatron_fields
 
 
 def test_an_unbuilt_flag_ends_the_start_with_what_to_do_instead(
     files: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as stop:
-        parse_args(right_command_line(files, "--use-fault-tolerance --async-buffer-size 4"))
-    assert stop.value.code == 2
-    message = capsys.readouterr().err
+    message = refusal(right_command_line(files, "--use-fault-tolerance --async-buffer-size 4"), capsys)
     assert "--use-fault-tolerance is not built yet" in message
     assert "--async-buffer-size 4 is not built yet" in message
 
 
-def test_every_refused_name_is_a_flag() -> None:
-    assert set(UNBUILT) <= {flag.dest for flag in slime_flags()}
+def test_a_key_is_not_shown(files: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert "hunter2" not in refusal(right_command_line(files, "--sglang-api-key hunter2"), capsys)
+
+
+GPUS = Machine(cores=64, num_gpus=8, has_sglang=True)
+
+
+@pytest.mark.parametrize(
+    ("machine", "words", "message"),
+    [
+        (GPUS, "--device cuda --colocate --actor-num-gpus-per-node 4",
+         "--colocate is not built yet on GPUs.* --rollout-num-gpus"),
+        (Machine(cores=8, num_gpus=2), "--device auto --actor-num-gpus-per-node 1 --rollout-num-gpus 1",
+         "--rollout-engine embedded .the package sglang is not installed. is not built yet on GPUs"),
+        (GPUS, "--device cuda --rollout-engine embedded --actor-num-gpus-per-node 1 --rollout-num-gpus 1",
+         "--rollout-engine embedded .* --device cpu"),
+        (GPUS, "--device cuda --actor-num-gpus-per-node 1 --rollout-num-gpus 1 --distributed-backend gloo", "use nccl"),
+        (Machine(cores=8, joins_cluster=True), "--device cpu --actor-num-nodes 2", "use --actor-num-nodes 1"),
+    ],
+    ids=["turns on a GPU", "no SGLang", "embedded on GPUs", "gloo on GPUs", "CPU nodes of a cluster"],
+)  # fmt: skip
+def test_what_the_devices_cannot_do_yet_is_refused(
+    machine: Machine, words: str, message: str, files: dict[str, str], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr("slime.arguments.build.look_at_machine", lambda: machine)
+    assert re.search(message, refusal(right_command_line(files, words), capsys))
+
+
+@pytest.mark.parametrize(
+    ("machine", "words"),
+    [
+        (GPUS, "--device cuda --actor-num-gpus-per-node 4 --rollout-num-gpus 4"),
+        (GPUS, "--device cuda --colocate --actor-num-gpus-per-node 4 --debug-train-only"),
+        (GPUS, "--device cpu --colocate --actor-num-gpus-per-node 2"),
+        (Machine(cores=8), "--device cpu --actor-num-nodes 2"),
+    ],
+)
+def test_what_they_can_do_is_not(
+    machine: Machine, words: str, files: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("slime.arguments.build.look_at_machine", lambda: machine)
+    assert parse_args(right_command_line(files, words)).plan.device.value == words.split()[1]
+
+
+def refusal(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """What a start that is refused says."""
+    with pytest.raises(SystemExit) as stop:
+        parse_args(words)
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_every_refused_name_is_a_flag_with_that_spelling() -> None:
+    flags = [*slime_flags(), *(flag for flags in table_flags().values() for flag in flags)]
+    spelt = {name for flag in flags if flag.dest in UNBUILT for name in flag.names}
+    assert {"--" + dest.replace("_", "-") for dest in UNBUILT} <= spelt
+
+
+def test_no_default_is_refused() -> None:
+    refused = [flag.dest for flag in slime_flags() if flag.dest in UNBUILT and UNBUILT[flag.dest][0](flag.default)]
+    assert refused == []
 
 
 def test_every_other_flag_is_read_somewhere() -> None:
     """A flag that nothing reads would be accepted and do nothing."""
-    declared = ("config/groups", "config/rules", "config/unbuilt.py")
-    files = [file for file in PACKAGE.rglob("*.py") if not str(file.relative_to(PACKAGE)).startswith(declared)]
-    words = set(re.findall(r"\w+", "\n".join(file.read_text() for file in files)))
-    unread = {flag.dest for flag in slime_flags()} - words
-    excused = READ_BY_PLUG_INS_ALONE | WITHOUT_EFFECT_BY_DESIGN | DETAILS_OF_WHAT_IS_REFUSED
-    assert unread - set(UNBUILT) - excused == set()
+    read = set().union(*(dests_read_in(file) for file in PACKAGE.rglob("*.py")))
+    evaluation = {dest for dests in FALLBACKS.values() for dest in dests}
+    unread = {flag.dest for flag in slime_flags()} - read - evaluation - UNBUILT.keys()
+    assert unread == READ_BY_PLUG_INS_ALONE | WITHOUT_EFFECT_BY_DESIGN | FIELDS_OF_MEGATRON
+
+
+def dests_read_in(file: pathlib.Path) -> set[str]:
+    """Names that a file reads from `args` or, where the configuration is resolved, from one of its groups."""
+    name = str(file.relative_to(PACKAGE))
+    if name.startswith(("config/groups", "config/rules", "config/unbuilt.py", "arguments/megatron_check.py")):
+        return set()
+    tree = ast.parse(file.read_text())
+    read = set(_by_attribute(tree, ARGS))
+    if name.startswith(("config/", "arguments/")):
+        return read | set(_of_groups(tree)) | set(_keys(tree))
+    return read | set(_by_name(tree))
+
+
+def _by_attribute(tree: ast.AST, bases: set[str]) -> Iterator[str]:
+    """x of `args.x`, `self.args.x` and so on, where it is read."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load) and _last_name(node.value) in bases:
+            yield node.attr
+
+
+def _of_groups(tree: ast.AST) -> Iterator[str]:
+    """x of `config.group.x`, also after `group = config.group` or with a group as parameter."""
+    aliases = set(GROUPS) | {"e", "a", "c", "w", "d", "given", "checkpoint", "sync"}
+    yield from _by_attribute(tree, aliases)
+
+
+def _keys(tree: ast.AST) -> Iterator[str]:
+    """x of `values["x"]` and of names in a tuple or as an argument (`default_of("x")`)."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant) and isinstance(node.ctx, ast.Load):
+            yield str(node.slice.value)
+        elif isinstance(node, ast.Call):
+            yield from (str(arg.value) for arg in node.args if isinstance(arg, ast.Constant))
+
+
+def _by_name(tree: ast.AST) -> Iterator[str]:
+    """x of `getattr(anything, "x")` and `read(args, "x")`, and the strings over which a comprehension calls these."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and _reads_by_name(node):
+            yield from _strings(node)
+        elif isinstance(node, ast.ListComp | ast.SetComp | ast.GeneratorExp | ast.DictComp) and any(
+            isinstance(inner, ast.Call) and _reads_by_name(inner) for inner in ast.walk(node)
+        ):
+            yield from (text for generator in node.generators for text in _strings(generator.iter))
+
+
+def _reads_by_name(call: ast.Call) -> bool:
+    return len(call.args) > 1 and (_last_name(call.func) == "getattr" or _last_name(call.args[0]) in ARGS)
+
+
+def _strings(node: ast.AST) -> Iterator[str]:
+    for inner in ast.walk(node):
+        if isinstance(inner, ast.Constant) and isinstance(inner.value, str):
+            yield inner.value
+
+
+def _last_name(node: ast.expr) -> str | None:
+    if isinstance(node, ast.Name):
+        return node.id
+    return node.attr if isinstance(node, ast.Attribute) else None

@@ -63,8 +63,11 @@ def test_what_cannot_be_trained_is_said(change: dict[str, object], message: str)
         shape_of(SMOLLM2 | change)
 
 
+OFF = {"add_qkv_bias": False, "qk_layernorm": False, "use_rope_scaling": False}
+
+
 def test_everything_that_differs_is_in_one_message() -> None:
-    values = shape_of(SMOLLM2) | {"num_layers": 28, "hidden_size": 1024, "add_qkv_bias": False, "qk_layernorm": False}
+    values = shape_of(SMOLLM2) | {"num_layers": 28, "hidden_size": 1024, **OFF}
     with pytest.raises(ConfigError) as error:
         compare_with_config(values, frozenset({"num_layers", "hidden_size"}), SMOLLM2)
     assert "--num-layers is 28, but config.json says 30" in str(error.value)
@@ -73,12 +76,20 @@ def test_everything_that_differs_is_in_one_message() -> None:
 
 def test_an_absent_switch_counts_as_off_in_a_whole_description() -> None:
     untied = SMOLLM2 | {"tie_word_embeddings": False}
-    values = shape_of(SMOLLM2) | {"add_qkv_bias": False, "qk_layernorm": False}
+    values = shape_of(SMOLLM2) | {**OFF}
     compare_with_config(values, frozenset({"hidden_size"}), untied)
     with pytest.raises(ConfigError, match="--untie-embeddings-and-output-weights"):
         compare_with_config(values, frozenset({"num_layers"}), untied)
 
 
 def test_numbers_are_compared_as_numbers() -> None:
-    values = shape_of(SMOLLM2) | {"rotary_base": 100000, "add_qkv_bias": False, "qk_layernorm": False}
+    values = shape_of(SMOLLM2) | {"rotary_base": 100000, **OFF}
     compare_with_config(values, frozenset({"rotary_base", "norm_epsilon"}), SMOLLM2)
+
+
+def test_positions_are_scaled_as_config_json_says() -> None:
+    scaled = SMOLLM2 | {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}
+    values = shape_of(scaled) | OFF | {"use_rope_scaling": True, "rotary_scaling_factor": 8.0}
+    compare_with_config(values, frozenset({"use_rope_scaling", "rotary_scaling_factor"}), scaled)
+    with pytest.raises(ConfigError, match="--use-rope-scaling is True, but config.json says False.*--rotary-scaling"):
+        compare_with_config(values, frozenset({"use_rope_scaling", "rotary_scaling_factor"}), SMOLLM2)

@@ -24,8 +24,8 @@ def test_a_flag_has_its_type_and_default(name: str, kind: str, default: str) -> 
     assert flag.dest == (off if off != kind else name.removeprefix("--").replace("-", "_"))
 
 
-def test_no_other_flag_is_slimes_own_but_the_shared_prompt() -> None:
-    assert set(OWN) - {name for name, _, _ in LINES} == {"--share-group-prompts"}
+def test_the_other_flags_of_slimes_own_are_these() -> None:
+    assert set(OWN) - {name for name, _, _ in LINES} == {"--share-group-prompts", "--trust-remote-code"}
 
 
 @pytest.mark.parametrize("line", MEGATRON.strip().splitlines())

@@ -11,8 +11,8 @@ from slime.config.eval_datasets import EvalDatasetConfig
 from slime.config.files import CheckpointKind
 from tests.unit.arguments.wrong_command_lines import TINY_QWEN3
 
-LAPTOP = Machine(cores=4, started="20260101-120000", working_dir="/work")
-GPU_BOX = Machine(cores=64, num_gpus=8, has_sglang=True, started="20260101-120000", working_dir="/work")
+LAPTOP = Machine(cores=4, started="20260101-120000", working_dir="/home/user/project")
+GPU_BOX = Machine(cores=64, num_gpus=8, has_sglang=True, started="20260101-120000", working_dir="/home/user/project")
 MINIMUM = {
     "hf_checkpoint": "model",
     "prompt_data": "prompts.jsonl",
@@ -203,12 +203,12 @@ def test_parallel_sizes_multiply_to_the_ranks(tensor: int, pipeline: int, contex
 def test_a_run_is_named_after_model_algorithm_and_time() -> None:
     p = plan()
     assert p.paths.run_name == "model-grpo-20260101-120000"
-    assert p.updates["run_dir"] == "/work/outputs/model-grpo-20260101-120000"
+    assert p.updates["run_dir"] == "/home/user/project/outputs/model-grpo-20260101-120000"
 
 
 def test_checkpoints_go_to_the_run_when_an_interval_is_given() -> None:
     p = plan(save_interval=5, run_name="try")
-    assert p.updates["save"] == "/work/outputs/try/checkpoints"
+    assert p.updates["save"] == "/home/user/project/outputs/try/checkpoints"
     assert plan(run_name="try").updates["save"] is None
 
 
@@ -220,7 +220,7 @@ def test_a_fresh_run_loads_the_model_folder_without_an_optimizer() -> None:
 
 
 def test_a_run_of_the_same_name_resumes_from_its_checkpoint() -> None:
-    own = "/work/outputs/try/checkpoints"
+    own = "/home/user/project/outputs/try/checkpoints"
     p = plan(checkpoints={own: "megatron"}, run_name="try", save_interval=5, use_kl_loss=True)
     assert (p.updates["load"], p.updates["start_rollout_id"]) == (own, None)
     assert "finetune" not in p.updates
@@ -273,6 +273,33 @@ def test_an_interval_without_a_task_is_noted_not_refused() -> None:
     p = plan(eval_interval=5)
     assert p.updates["eval_interval"] is None
     assert any("there is no evaluation" in note for note in p.notes)
+
+
+def test_engines_that_gave_their_memory_back_need_the_weights_every_rollout() -> None:
+    note = "weights go out every rollout: engines that gave their memory back need them"
+    assert any(note in text for text in plan(colocate=True, update_weights_interval=2).notes)
+    assert not any(note in text for text in plan(update_weights_interval=2).notes)
+
+
+def test_what_the_user_said_is_kept_beside_what_was_derived() -> None:
+    p = plan(recompute_activations=True, attention_dropout=0.1)
+    assert (p.given["recompute_activations"], p.given["attention_dropout"]) == (True, 0.1)
+    assert "recompute_granularity" not in p.given
+
+
+def test_evaluation_of_ones_own_may_go_with_group_rewards() -> None:
+    tasks = (EvalDatasetConfig("aime", "a.jsonl"),)
+    with pytest.raises(ConfigError, match="--group-rm"):
+        plan(group_rm=True, eval_datasets=tasks)
+    assert plan(group_rm=True, eval_datasets=tasks, eval_function_path="mine.evaluate").eval_tasks == ("aime",)
+
+
+def test_advantages_may_come_from_elsewhere() -> None:
+    without: dict[str, Any] = {"compute_advantages_and_returns": False}
+    with pytest.raises(ConfigError, match="--loss-type sft_loss"):
+        plan(**without)
+    assert plan(**without, rollout_data_postprocess_path="mine.advantages").algorithm.startswith("grpo")
+    assert plan(**without, loss_type="sft_loss").algorithm == "supervised fine-tuning"
 
 
 def test_tasks_are_written_back_as_pairs() -> None:
