@@ -33,6 +33,10 @@ class Batch(Protocol):
         """Attention of all T tokens. query [Hq, T, D], key and value [H, T, D] -> [T, Hq, D]."""
 
 
+_FLOAT_KEYS = 1 << 19
+"""Keys that are widened to float32 at a time, so that they stay in the processor's cache."""
+
+
 @dataclass
 class DecodeBatch:
     """The next token of each of the first B rows of the cache.
@@ -79,9 +83,34 @@ class DecodeBatch:
         mask = self.mask(window, query.dtype, num_heads, grouped.shape[1])
         seen_keys = keys[:num_rows, ..., : self.length].flatten(0, 1)
         seen_values = values[:num_rows, :, : self.length].flatten(0, 1)
-        # Two batched products are up to twice as fast here as the fused kernel, which computes one head at a time.
-        scores = torch.baddbmm(mask, grouped, seen_keys, alpha=scale)
-        return torch.bmm(scores.softmax(-1), seen_values).view(num_rows, query.shape[0], -1)
+        return attend_grouped(grouped, seen_keys, seen_values, mask, scale).view(num_rows, query.shape[0], -1)
+
+
+def attend_grouped(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """Softmax attention as two batched products: up to twice as fast here as torch's fused kernel, which computes one
+    head at a time.
+
+    Scores are float32: rounded to bf16 they would move log-probs three times as far from the trainer's.
+
+    Args:
+        query: [N, r, d].
+        keys: [N, d, K].
+        values: [N, K, d].
+        mask: [N, r, K], additive.
+        scale: multiplies the scores.
+
+    Returns:
+        [N, r, d].
+    """
+    if query.dtype == torch.float32:
+        return torch.bmm(torch.baddbmm(mask, query, keys, alpha=scale).softmax(-1), values)
+    out = torch.empty_like(query)
+    size = max(1, _FLOAT_KEYS // keys[0].numel())
+    for start in range(0, query.shape[0], size):
+        part = slice(start, start + size)
+        scores = torch.baddbmm(mask[part].float(), query[part].float(), keys[part].float(), alpha=scale)
+        torch.bmm(scores.softmax(-1).to(query.dtype), values[part], out=out[part])
+    return out
 
 
 @dataclass(frozen=True)

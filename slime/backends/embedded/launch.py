@@ -6,7 +6,9 @@ Imports neither torch nor transformers, so that a plan can be shown without them
 import os
 import sys
 from argparse import Namespace
+from pathlib import Path
 
+import slime
 from slime.backends.base import EngineSpec
 
 KV_MEMORY_SHARE_ON_HOST = 0.3
@@ -47,9 +49,16 @@ def server_command(args: Namespace, spec: EngineSpec) -> tuple[list[str], dict[s
         value = getattr(args, name, None)
         if value is not None:
             argv += [flag, str(value)]
-    threads = str(spec.threads)
+    return argv, _environment(spec.threads)
+
+
+def _environment(num_threads: int) -> dict[str, str]:
+    threads = str(num_threads)
+    sources = str(Path(slime.__file__).resolve().parents[1])  # so that it starts where slime is not installed, too
+    paths = [sources, *filter(None, [os.environ.get("PYTHONPATH")])]
     # Waiting threads must sleep: spinning ones take the core from the process whose turn it is.
-    return argv, dict(os.environ) | {
+    return dict(os.environ) | {
+        "PYTHONPATH": os.pathsep.join(paths),
         "OMP_NUM_THREADS": threads,
         "MKL_NUM_THREADS": threads,
         "OMP_WAIT_POLICY": "PASSIVE",
