@@ -16,7 +16,8 @@ ARGS=(
   # GRPO
   --advantage-estimator grpo --eps-clip 0.2 --eps-clip-high 0.28
   --optimizer adam --lr 2e-5 --lr-decay-style linear --min-lr 0 --weight-decay 0 --adam-beta1 0.9 --adam-beta2 0.95
-  # two devices, on which trainer ranks and engines take turns
+  # two CPU devices, on which trainer ranks and engines take turns (also where there is a GPU)
+  --device cpu
   --colocate --actor-num-nodes 1 --actor-num-gpus-per-node 2 --num-gpus-per-node 2
   --use-dynamic-batch-size --max-tokens-per-gpu 2048
 )

@@ -33,8 +33,9 @@ def can_reuse_log_probs(args: Namespace, *, num_steps: int | None = None) -> boo
     """Whether the log-probs of the training pass are the old ones: a single on-policy step, and nobody else needs them.
 
     The weights do not change before the only step, so the importance ratio is exactly 1. What needs log-probs earlier
-    than that: a KL in the reward, a critic, a distillation, mismatch metrics, an older policy kept as the old one,
-    routing recorded in the first pass (R2), and GSPO's ratio over sequences.
+    than that: a KL in the reward, the entropy of the rollout (--use-rollout-entropy), a critic, a distillation,
+    mismatch metrics, an older policy kept as the old one, routing recorded in the first pass (R2), and GSPO's ratio
+    over sequences.
     """
     if num_steps is None:
         num_steps = getattr(args, "num_steps_per_rollout", None) or 1
@@ -51,5 +52,6 @@ def can_reuse_log_probs(args: Namespace, *, num_steps: int | None = None) -> boo
         and not args.use_critic
         and not args.use_opd
         and not getattr(args, "keep_old_actor", False)
+        and not getattr(args, "use_rollout_entropy", False)
         and not replays_own_routing
     )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def group_normalize(rewards: Tensor, *, divide_by_std: bool) -> Tensor:
-    """GRPO's advantage: reward minus the mean of its group, over its unbiased deviation + 1e-6 (arXiv:2402.03300, 4.1.2).
+    """GRPO's advantage: reward minus its group's mean, over its unbiased deviation + 1e-6 (arXiv:2402.03300, 4.1.2).
 
     Args:
         rewards: [G, n].
@@ -29,7 +29,7 @@ def group_normalize(rewards: Tensor, *, divide_by_std: bool) -> Tensor:
 
 
 def discounted_returns(rewards: Tensor, discount: float) -> Tensor:
-    """y_t = r_t + discount * y_(t+1), from right to left: [B, T] -> [B, T]. One step per token; see the chunked form."""
+    """y_t = r_t + discount * y_(t+1), from right to left: [B, T] -> [B, T]. One step a token; see the chunked form."""
     returns = torch.zeros_like(rewards)
     running = rewards.new_zeros(rewards.shape[0])
     for t in reversed(range(rewards.shape[1])):

@@ -96,7 +96,7 @@ def scale_for_megatron(
     cp_size: int,
     num_tokens: Tensor,
 ) -> ScaledLoss:
-    """Undo the divisions that Megatron makes, so that the step's gradient is exactly that of (1/G) sum of rollout means.
+    """Undo the divisions that Megatron makes, so that the step's gradient is that of (1/G) sum of rollout means.
 
     Default: Megatron divides each micro-batch's loss by M and averages gradients over DP x CP ranks; so the sum of
     means is multiplied with M x DP x CP / G. Per token: Megatron sums gradients over ranks and divides by the sum of

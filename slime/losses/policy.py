@@ -2,7 +2,7 @@
 
 Letters: N response tokens of a micro-batch on one flat axis; R_i tokens of sample i. `log_probs` are in nats under the
 policy being trained and carry the gradient; `old_log_probs` under the policy that made the rollout. The importance
-ratio is exp(log_probs - old_log_probs). Losses are per token, to be averaged by the caller (`slime.losses.aggregation`).
+ratio is exp(log_probs - old_log_probs). Losses are per token; the caller averages them (`slime.losses.aggregation`).
 """
 
 from collections.abc import Sequence
@@ -93,7 +93,7 @@ def gspo_log_ratios(
 
 
 def opsm_mask(advantages: Tensor, sequence_kl: Tensor, *, delta: float) -> Tensor:
-    """Off-policy sequence masking: which tokens of one sample to leave out, [R_i] bool (DeepSeek-V3.2, arXiv:2512.02556).
+    """Off-policy sequence masking: which tokens of a sample to leave out, [R_i] bool (DeepSeek-V3.2, arXiv:2512.02556).
 
     Bad actions (negative advantage) of a sequence that the current policy would hardly produce any more
     (`sequence_kl` > delta) teach nothing.

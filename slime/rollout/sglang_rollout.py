@@ -349,19 +349,24 @@ async def abort(args: Namespace, rollout_id: int) -> list[list[Any]]:
     assert not state.aborted, "The rollout is being aborted already."
     state.aborted = True
     groups: list[list[Any]] = []
+    is_kept = bool(getattr(args, "partial_rollout", False))
     deadline_s = float(getattr(args, "sglang_router_request_timeout_secs", None) or 14400)
     started = time.monotonic()
     while state.pendings:
         # A custom generate function may send another request after its first was aborted: ask again.
         await abort_servers_until_idle(await _worker_urls(args))
         done, state.pendings = await asyncio.wait(state.pendings, timeout=_ABORT_POLL_S)
-        groups += [task.result() for task in sorted(done, key=_task_number)]
+        for task in sorted(done, key=_task_number):
+            if is_kept or task.exception() is None:
+                groups.append(task.result())
+            else:  # it would have been thrown away: no reason to end the run
+                logger.warning("a group beyond what rollout %d needed failed: %s", rollout_id, task.exception())
         if time.monotonic() - started > deadline_s:
             raise TimeoutError(
                 f"{len(state.pendings)} groups of rollout {rollout_id} had not ended {deadline_s:g} s after the abort. "
                 "Does the generate function look at GenerateState(args).aborted, and does the reward function return?"
             )
-    if not getattr(args, "partial_rollout", False):
+    if not is_kept:
         return []
     for sample in flatten_samples(groups):
         if sample.response:

@@ -5,7 +5,7 @@ import pytest
 from slime.config import Machine
 from tests.unit.arguments.wrong_command_lines import make_files
 
-LAPTOP = Machine(cores=2, started="20260101-120000", working_dir="/home/user/project")
+LAPTOP = Machine(cores=2, started="20260101-120000", working_dir="/project")
 
 
 @pytest.fixture(scope="session")

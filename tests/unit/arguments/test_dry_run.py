@@ -34,10 +34,10 @@ batch
   run                 3 rollouts, 6 optimizer steps in all
   evaluation          gsm, every 2 rollouts
 paths
-  run                 /home/user/project/outputs/model-grpo-20260101-120000
+  run                 /project/outputs/model-grpo-20260101-120000
   starts from         {model} (--hf-checkpoint)
   reference           {model}
-  checkpoints         /home/user/project/outputs/model-grpo-20260101-120000/checkpoints
+  checkpoints         /project/outputs/model-grpo-20260101-120000/checkpoints
 notes
                       1 engine(s) with 1 thread leave 1 core(s) idle while generating; --rollout-num-gpus 2 uses all
 """

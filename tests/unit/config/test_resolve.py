@@ -11,8 +11,8 @@ from slime.config.eval_datasets import EvalDatasetConfig
 from slime.config.files import CheckpointKind
 from tests.unit.arguments.wrong_command_lines import TINY_QWEN3
 
-LAPTOP = Machine(cores=4, started="20260101-120000", working_dir="/home/user/project")
-GPU_BOX = Machine(cores=64, num_gpus=8, has_sglang=True, started="20260101-120000", working_dir="/home/user/project")
+LAPTOP = Machine(cores=4, started="20260101-120000", working_dir="/project")
+GPU_BOX = Machine(cores=64, num_gpus=8, has_sglang=True, started="20260101-120000", working_dir="/project")
 MINIMUM = {
     "hf_checkpoint": "model",
     "prompt_data": "prompts.jsonl",
@@ -203,12 +203,12 @@ def test_parallel_sizes_multiply_to_the_ranks(tensor: int, pipeline: int, contex
 def test_a_run_is_named_after_model_algorithm_and_time() -> None:
     p = plan()
     assert p.paths.run_name == "model-grpo-20260101-120000"
-    assert p.updates["run_dir"] == "/home/user/project/outputs/model-grpo-20260101-120000"
+    assert p.updates["run_dir"] == "/project/outputs/model-grpo-20260101-120000"
 
 
 def test_checkpoints_go_to_the_run_when_an_interval_is_given() -> None:
     p = plan(save_interval=5, run_name="try")
-    assert p.updates["save"] == "/home/user/project/outputs/try/checkpoints"
+    assert p.updates["save"] == "/project/outputs/try/checkpoints"
     assert plan(run_name="try").updates["save"] is None
 
 
@@ -220,7 +220,7 @@ def test_a_fresh_run_loads_the_model_folder_without_an_optimizer() -> None:
 
 
 def test_a_run_of_the_same_name_resumes_from_its_checkpoint() -> None:
-    own = "/home/user/project/outputs/try/checkpoints"
+    own = "/project/outputs/try/checkpoints"
     p = plan(checkpoints={own: "megatron"}, run_name="try", save_interval=5, use_kl_loss=True)
     assert (p.updates["load"], p.updates["start_rollout_id"]) == (own, None)
     assert "finetune" not in p.updates

@@ -77,9 +77,7 @@ class FakeEngine:
                 like = self.tensors[entry["name"]]
                 size = like.numel() * like.element_size()
                 raw = bytearray(memory[entry["offset"] : entry["offset"] + size])
-                self.tensors[entry["name"]] = torch.frombuffer(
-                    raw, dtype=like.dtype
-                ).view(like.shape)
+                self.tensors[entry["name"]] = torch.frombuffer(raw, dtype=like.dtype).view(like.shape)
         if manifest["last"]:
             self.version = manifest["weight_version"]
 
@@ -90,9 +88,7 @@ class FakeEngine:
         return self.version
 
 
-def make_sync(
-    folder: Path, engines: Sequence[FakeEngine], transport: Any = None, size: int = 40
-) -> WeightSync:
+def make_sync(folder: Path, engines: Sequence[FakeEngine], transport: Any = None, size: int = 40) -> WeightSync:
     sync = WeightSync(
         Source(weights(seed=1)),
         transport=transport or SharedMemoryTransport(folder),
@@ -119,14 +115,10 @@ def test_every_engine_holds_the_trainers_bytes_and_generates_again(
 
 
 @pytest.mark.parametrize("size", [1, 64, 10**9])
-def test_the_bucket_size_does_not_change_what_arrives(
-    tmp_path: Path, size: int
-) -> None:
+def test_the_bucket_size_does_not_change_what_arrives(tmp_path: Path, size: int) -> None:
     engine = FakeEngine(tmp_path)
     make_sync(tmp_path, [engine], size=size).sync(3)
-    assert engine.checksums() == {
-        name: tensor_digest(tensor) for name, tensor in weights(seed=1).items()
-    }
+    assert engine.checksums() == {name: tensor_digest(tensor) for name, tensor in weights(seed=1).items()}
 
 
 def test_a_byte_flipped_in_shared_memory_is_caught_and_named(tmp_path: Path) -> None:
@@ -141,9 +133,7 @@ def test_a_byte_flipped_in_shared_memory_is_caught_and_named(tmp_path: Path) -> 
             super().send(damaged, version)
 
     engine = FakeEngine(tmp_path)
-    with pytest.raises(
-        WeightSyncError, match=r"engine 0 .*model\.layer\.weight"
-    ) as error:
+    with pytest.raises(WeightSyncError, match=r"engine 0 .*model\.layer\.weight") as error:
         make_sync(tmp_path, [engine], Flipping(tmp_path)).sync(1)
     assert "1 of 3 tensors differ" in str(error.value)
     assert engine.is_paused
@@ -159,9 +149,7 @@ def test_a_value_flipped_in_the_engine_is_caught_and_named(tmp_path: Path) -> No
     engines = [FakeEngine(tmp_path, "engine 0"), Decaying(tmp_path, "engine 1")]
     with pytest.raises(WeightSyncError, match=r"engine 1 .*model\.norm\.weight"):
         make_sync(tmp_path, engines).sync(1)
-    assert all(engine.is_paused for engine in engines), (
-        "version 1 must reach every engine or none"
-    )
+    assert all(engine.is_paused for engine in engines), "version 1 must reach every engine or none"
 
 
 def test_a_dropped_bucket_is_caught(tmp_path: Path) -> None:
@@ -188,9 +176,7 @@ def test_an_engine_that_stays_at_the_old_version_is_caught(tmp_path: Path) -> No
         def weight_version(self) -> str:
             return "default"
 
-    with pytest.raises(
-        WeightSyncError, match="reports weight version 'default' after version '4'"
-    ):
+    with pytest.raises(WeightSyncError, match="reports weight version 'default' after version '4'"):
         make_sync(tmp_path, [Stuck(tmp_path)]).sync(4)
 
 
