@@ -134,7 +134,7 @@ class Control:
                 raise WeightError(
                     f"This was said to be the last bucket, but {len(missing)} tensors never came, such as {missing[0]}."
                 )
-            self._after_load(version if is_last else None, flush=True)
+            self._after_load(version if is_last else None, flush=True, is_last=is_last)
             return count
 
         count = await self.frontend.run(load)
@@ -156,11 +156,12 @@ class Control:
                 'The memory of weights is released. Call /resume_memory_occupation {"tags": ["weights"]} first.'
             )
 
-    def _after_load(self, version: str | None, *, flush: bool) -> None:
+    def _after_load(self, version: str | None, *, flush: bool, is_last: bool = True) -> None:
         self.engine.weights_changed(version)
         if flush:
             self.engine.flush_cache()
-        give_back_memory()
+        if is_last:
+            give_back_memory()
 
     async def update_version(self, http: HttpRequest) -> Response:
         body = await read_object(http, new_version=str, abort_all_requests=bool)

@@ -6,6 +6,7 @@ looks at the weights, the cache or the queues while they are in use.
 
 import ctypes
 import gc
+import math
 import queue
 import threading
 from collections.abc import Callable, Iterable
@@ -230,6 +231,8 @@ class Engine:
         for row, request, token in zip(rows, requests, sampled, strict=True):
             if request.max_new_tokens == 0:
                 request.finish = reached_length(0)
+            elif math.isnan(token.log_prob):
+                request.finish = aborted(f"The logits after {request.num_tokens} tokens are not finite.", 500)
             else:
                 self._append(request, token)
                 request.finish = _finish_of(request)

@@ -95,7 +95,7 @@ class Sampler:
         self._scratch = torch.empty(0, self.num_blocks * BLOCK)
 
     def sample(self, logits: Tensor, rows: list[SamplingRow]) -> list[Sampled]:
-        """logits [B, V] of any float dtype -> one `Sampled` a row."""
+        """logits [B, V] of any float dtype -> one `Sampled` a row; its log-prob is NaN if the row was not finite."""
         x = self._prepare(logits, rows)
         maxima = x.amax(-1)
         wanted = [i for i, row in enumerate(rows) if row.top_logprobs or row.token_ids_logprob or row.is_truncated]
@@ -112,6 +112,7 @@ class Sampler:
                 tokens[i] = tokens_greedy[i]  # type: ignore[index]
             elif row.is_truncated:
                 tokens[i] = _sample_truncated(p[i], float(totals[i]), row, float(noise[i]))
+        tokens.clamp_(max=self.vocab_size - 1)  # logits that are not finite point anywhere
         log_probs = (p.gather(1, tokens[:, None])[:, 0].double() / totals).log_()
         floor = torch.finfo(torch.float32).min
         out = []

@@ -6,7 +6,7 @@ share is computed once for all of them. Everything here runs on the engine's loo
 
 import itertools
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -162,9 +162,12 @@ class Scheduler:
             if key not in groups:
                 if groups and budget < len(tokens):
                     break
-                groups[key] = PromptGroup(tokens, [], [])
-                self._find_prefix(groups[key], request, first_row, epoch)
-                budget -= len(tokens) - groups[key].prefix_length
+                group = PromptGroup(tokens, [], [])
+                self._find_prefix(group, request, first_row, epoch)
+                if self._gains_by_waiting(group, request, groups.values()):
+                    break
+                groups[key] = group
+                budget -= len(tokens) - group.prefix_length
             self.waiting.popleft()
             groups[key].requests.append(request)
             groups[key].rows.append(len(self.running))
@@ -181,15 +184,22 @@ class Scheduler:
 
         At least the last token is computed, and every token whose log-probs were asked.
         """
-        limit = len(group.tokens) - 1
-        if request.logprob_start >= 0 and not request.has_started:
-            limit = min(limit, request.logprob_start)
+        limit = _copyable(group, request)
         for row, other in enumerate(self.running[:first_row]):
             if other.weight_epoch != epoch:
                 continue
             length = common_prefix(group.tokens, other.prompt, min(limit, other.num_stored))
             if length >= max(SHORTEST_PREFIX, group.prefix_length + 1):
                 group.prefix_row, group.prefix_length = row, length
+
+    def _gains_by_waiting(self, group: PromptGroup, request: Request, admitted: Iterable[PromptGroup]) -> bool:
+        """Whether one more pass is worth it: the prompt could then copy a good part from one admitted in this pass."""
+        limit, wanted = _copyable(group, request), group.prefix_length + SHORTEST_PREFIX
+        return any(
+            common_prefix(group.tokens, other.tokens, limit) >= wanted
+            for other in admitted
+            if any(one.max_new_tokens > 1 for one in other.requests)
+        )
 
     def leave(self, row: int) -> int | None:
         """Free a row; returns the row whose sequence moves into it, if any."""
@@ -210,6 +220,14 @@ class Scheduler:
         if len(self.running) > 1 and not self.has_room(len(self.running), self.longest()):
             return len(self.running) - 1
         return None
+
+
+def _copyable(group: PromptGroup, request: Request) -> int:
+    """How many of a prompt's first tokens need not be computed if another sequence has them."""
+    limit = len(group.tokens) - 1
+    if request.logprob_start >= 0 and not request.has_started:
+        limit = min(limit, request.logprob_start)
+    return limit
 
 
 def common_prefix(a: list[int], b: list[int], limit: int) -> int:

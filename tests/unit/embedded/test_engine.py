@@ -222,3 +222,20 @@ def test_the_most_sequences_run_at_once(new_engine):
         most = max(most, len(engine.scheduler.running))
     assert most <= 3
     assert torch.is_inference_mode_enabled() is False
+
+
+def test_logits_that_are_not_finite_end_the_request_and_not_the_engine(new_engine, served):
+    engine = new_engine()
+    name = "model.norm.weight"
+    kept = served.weights.read(name).clone()
+    served.weights.write([(name, kept * float("nan"))])
+    try:
+        broken = queue(engine, random_prompt(9), 8)
+        engine.run_until_idle()
+    finally:
+        served.weights.write([(name, kept)])
+    assert broken.finish.kind == "abort" and broken.finish.shown["status_code"] == 500
+    assert "not finite" in broken.finish.shown["message"]
+    sound = queue(engine, random_prompt(9), 8)
+    engine.run_until_idle()
+    assert len(sound.output) == 8

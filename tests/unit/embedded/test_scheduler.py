@@ -85,6 +85,29 @@ def test_a_common_prefix_is_copied_from_a_running_request():
     assert queue.running[1].cached_tokens == 30
 
 
+def test_prompts_with_a_long_common_beginning_wait_one_pass_to_copy_it():
+    queue = scheduler(max_running=8)
+    header = list(range(30))
+    for number in range(3):
+        queue.add(request([*header, 90 + number, 7]))
+        queue.add(request([*header, 90 + number, 7]))
+    first = queue.admit(epoch=0)
+    assert [(group.rows, group.prefix_length) for group in first] == [([0, 1], 0)]
+    for running in queue.running:
+        running.output = [1]
+    second = queue.admit(epoch=0)
+    assert [(group.rows, group.prefix_length) for group in second] == [([2, 3], 30), ([4, 5], 30)]
+    assert [r.cached_tokens for r in queue.running] == [0, 31, 30, 31, 30, 31]
+
+
+def test_nobody_waits_for_a_prompt_that_ends_at_once():
+    queue = scheduler(max_running=8)
+    for number in range(3):
+        queue.add(request([*range(30), 90 + number]))
+        queue.waiting[-1].max_new_tokens = 1
+    assert len(queue.admit(epoch=0)) == 3
+
+
 def test_keys_of_older_weights_are_not_shared():
     queue = scheduler()
     queue.add(request(list(range(40))))
