@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from slime.backends.megatron.products import product, product_into
+
 DEFAULT_CHUNK_ROWS = 512
 DEFAULT_KEEP_BYTES = 1 << 30
 _CPU_BLOCK_BYTES = 4 << 20
@@ -89,7 +91,7 @@ class _ResponseLogProbs(torch.autograd.Function):
         for rows in _chunks(num_rows, num_kept, options):
             is_kept = rows.stop <= num_kept
             logits = softmax[rows] if is_kept else scratch[: rows.stop - rows.start]
-            torch.mm(hidden[rows], live.t(), out=logits)
+            product_into(logits, hidden[rows], live)
             for block in _blocks(logits):
                 part = slice(rows.start + block.start, rows.start + block.stop)
                 _softmax_in_place(logits[block], local[part], stats[:, part], is_kept, options)
@@ -120,15 +122,15 @@ class _ResponseLogProbs(torch.autograd.Function):
             values = softmax[block].float().mul_(-(grad * share)[block, None])
             _write_targets(values, local[block], is_here[block], at_target[block])
             softmax[block] = values
-        torch.mm(softmax, live, out=grad_hidden[:num_kept])
+        product_into(grad_hidden[:num_kept], softmax, live.t())
         needs_weight = ctx.needs_input_grad[1]
-        grad_weight = softmax.t() @ hidden[:num_kept] if needs_weight else None
+        grad_weight = product(softmax.t(), hidden[:num_kept].t()) if needs_weight else None
         del softmax
 
         for rows in _chunks(num_rows, num_kept, options):
             if rows.stop <= num_kept:
                 continue
-            logits = hidden[rows] @ live.t()
+            logits = product(hidden[rows], live)
             for block in _blocks(logits):
                 part = slice(rows.start + block.start, rows.start + block.stop)
                 values = logits[block].float().div_(options.temperature)
@@ -144,9 +146,11 @@ class _ResponseLogProbs(torch.autograd.Function):
                     values = probabilities.mul_(-grad[part, None])
                     _write_targets(values, local[part], is_here[part], at_target[part])
                 logits[block] = values
-            torch.mm(logits, live, out=grad_hidden[rows])
+            product_into(grad_hidden[rows], logits, live.t())
             if grad_weight is not None:
-                grad_weight = grad_weight.float().add_(logits.t() @ hidden[rows])  # chunks add up in float32
+                grad_weight = grad_weight.float().add_(
+                    product(logits.t(), hidden[rows].t())
+                )  # chunks add up in float32
         return grad_hidden, None if grad_weight is None else _padded_like(grad_weight, weight), None, None, None
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.mlp import MLPSubmodules
@@ -20,6 +21,7 @@ from torch import Tensor
 from slime.backends.megatron import cpu_attention
 from slime.backends.megatron.packed import PackedSegments
 from slime.backends.megatron.pointwise import rms_norm, rotate, swiglu
+from slime.backends.megatron.products import linear
 
 
 class CpuRMSNorm(torch.nn.RMSNorm):
@@ -43,6 +45,24 @@ class Norm:
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel
         return norm
+
+
+class _CpuProduct:
+    """Megatron's linear layers with their product through oneDNN, where no communication is woven into it."""
+
+    def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args or kwargs["allreduce_dgrad"] or kwargs["sequence_parallel"]:
+            return super()._forward_impl(input, weight, *args, **kwargs)
+        out = linear(input, weight)
+        return out if kwargs["bias"] is None else out + kwargs["bias"]
+
+
+class CpuColumnParallelLinear(_CpuProduct, ColumnParallelLinear):
+    """Rows of the weight on each tensor-parallel rank."""
+
+
+class CpuRowParallelLinear(_CpuProduct, RowParallelLinear):
+    """Columns of the weight on each tensor-parallel rank."""
 
 
 class SwiGLU(MegatronModule):
@@ -121,24 +141,32 @@ def decoder_block_spec(config: TransformerConfig, vp_stage: int | None = None) -
     spec = get_gpt_decoder_block_spec(
         config, use_transformer_engine=False, normalization=config.normalization, vp_stage=vp_stage
     )
-    return _replaced(spec)
+    on_cpu = torch.device(torch.cuda.current_device()).type == "cpu"
+    return _replaced(spec, _REPLACEMENTS | (_CPU_REPLACEMENTS if on_cpu else {}))
 
 
 _REPLACEMENTS: dict[type, Any] = {WrappedTorchNorm: Norm, DotProductAttention: VarlenAttention}
+_CPU_REPLACEMENTS: dict[type, Any] = {
+    ColumnParallelLinear: CpuColumnParallelLinear,
+    RowParallelLinear: CpuRowParallelLinear,
+}
 
 
-def _replaced(spec: Any) -> Any:
+def _replaced(spec: Any, modules: dict[type, Any]) -> Any:
     """The same spec with modules replaced; the stock one, which Megatron may share between models, is not touched."""
     if isinstance(spec, type):
-        return _REPLACEMENTS.get(spec, spec)
+        return modules.get(spec, spec)
     if isinstance(spec, list):
-        return [_replaced(item) for item in spec]
+        return [_replaced(item, modules) for item in spec]
     if isinstance(spec, MLPSubmodules):
-        return dataclasses.replace(spec, activation_func=SwiGLU)
+        layers = {name: modules.get(layer, layer) for name, layer in vars(spec).items()}
+        return dataclasses.replace(spec, **(layers | {"activation_func": SwiGLU}))
     if isinstance(spec, ModuleSpec):
-        return dataclasses.replace(spec, module=_replaced(spec.module), submodules=_replaced(spec.submodules))
+        return dataclasses.replace(
+            spec, module=_replaced(spec.module, modules), submodules=_replaced(spec.submodules, modules)
+        )
     if dataclasses.is_dataclass(spec) and not isinstance(spec, type):
         return dataclasses.replace(
-            spec, **{f.name: _replaced(getattr(spec, f.name)) for f in dataclasses.fields(spec) if f.init}
+            spec, **{f.name: _replaced(getattr(spec, f.name), modules) for f in dataclasses.fields(spec) if f.init}
         )
     return spec
