@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.distributed import tiny
 from tests.distributed.pool import RankError, RankPool
@@ -69,6 +70,17 @@ def test_gradients_and_weights_may_travel_while_others_are_computed(ranks: RankP
     overlapped = tiny.training_args(model, overlap_grad_reduce=True, overlap_param_gather=True)
     together = ranks.run(_train, 2, overlapped, ROLLOUTS)[0]
     assert tiny.largest_difference(alone["weights"], together["weights"]) < 1e-6
+
+
+def test_bfloat16_learns_what_float32_learns(ranks: RankPool, model: Path) -> None:
+    """Weights and activations in bf16, sums and the optimizer in float32: losses and weights agree to bf16's digits."""
+    exact = ranks.run(_train, 1, tiny.training_args(model), ROLLOUTS)[0]
+    rounded = ranks.run(_train, 2, tiny.training_args(model, bf16=True), ROLLOUTS)[0]
+    assert {tensor.dtype for tensor in rounded["weights"].values()} == {torch.bfloat16}
+    assert tiny.largest_difference(exact["weights"], rounded["weights"]) < 0.01
+    for ours, theirs in zip(rounded["metrics"], exact["metrics"], strict=True):
+        assert ours["train/entropy_loss"] == pytest.approx(theirs["train/entropy_loss"], rel=0.01)
+        assert ours["train/grad_norm"] == pytest.approx(theirs["train/grad_norm"], rel=0.05)
 
 
 def test_ranks_that_do_not_meet_say_who_waited_for_whom(ranks: RankPool, model: Path) -> None:

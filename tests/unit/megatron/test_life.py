@@ -89,13 +89,16 @@ def _train_and_save(rank: int, world_size: int, port: int, args: Any, rollouts: 
     return tiny.hf_weights(trainer)
 
 
-@pytest.mark.parametrize("distributed_optimizer", [True, False])
+@pytest.mark.parametrize("distributed_optimizer", [True, False], ids=["distributed optimizer", "plain optimizer"])
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 def test_a_loaded_checkpoint_goes_on_as_if_never_stopped(
-    ranks: RankPool, model: Path, tmp_path: Path, distributed_optimizer: bool
+    ranks: RankPool, model: Path, tmp_path: Path, distributed_optimizer: bool, bf16: bool
 ) -> None:
+    """In bf16 too, where the optimizer's float32 weights hold digits that the model's do not."""
     changes: dict[str, Any] = dict(
-        use_distributed_optimizer=distributed_optimizer, lr_decay_style="linear", lr_warmup_fraction=0.3, num_rollout=6
-    )
+        use_distributed_optimizer=distributed_optimizer, bf16=bf16, lr_decay_style="linear", lr_warmup_fraction=0.3,
+        num_rollout=6,
+    )  # fmt: skip
     args = tiny.training_args(model, save=str(tmp_path / "ckpt"), **changes)
     saved = ranks.run(_train_and_save, 1, args, ROLLOUTS[:2])[0]
     assert (tmp_path / "ckpt" / "latest_checkpointed_iteration.txt").read_text() == "1\n"
