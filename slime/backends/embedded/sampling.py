@@ -16,17 +16,19 @@ from torch import Tensor
 
 BLOCK = 256
 """The cumulative sum over the vocabulary is taken in blocks of this many tokens."""
-NUCLEUS = 1024
-"""Rows with top-k, top-p or min-p look at this many tokens first, and at all only if those are not enough."""
+SMALL_TOP_K = 1024
+"""Up to here the likeliest top_k tokens are picked out; beyond, draws that fall outside are repeated."""
+MAX_DRAWS = 8
+"""Draws of one token before the vocabulary is sorted instead."""
 MANY_TOKENS = 1 << 24
 """A top-k from here on limits nothing."""
 MASK64 = (1 << 64) - 1
 
 
-def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) from a seed and a position: two rounds of SplitMix64 (Steele, Lea, Flood 2014)."""
+def uniform(seed: int, position: int, draw: int = 0) -> float:
+    """A number in [0, 1) from a seed, a position and a draw: rounds of SplitMix64 (Steele, Lea, Flood 2014)."""
     state = (seed & MASK64) ^ 0x9E3779B97F4A7C15
-    for value in (position, 0x632BE59BD9B4E019):
+    for value in (position, draw + 0x632BE59BD9B4E019):
         state = (state + (value + 1) * 0x9E3779B97F4A7C15) & MASK64
         state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & MASK64
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & MASK64
@@ -107,11 +109,10 @@ class Sampler:
         totals = cumulative[:, -1]
         noise = torch.tensor([uniform(row.seed, row.position) for row in rows], dtype=torch.float64)
         tokens = self._invert(p, block_sums, cumulative, noise * totals)
+        self._truncate(tokens, p, block_sums, cumulative, rows)
         for i, row in enumerate(rows):
             if row.temperature == 0:
                 tokens[i] = tokens_greedy[i]  # type: ignore[index]
-            elif row.is_truncated:
-                tokens[i] = _sample_truncated(p[i], float(totals[i]), row, float(noise[i]))
         tokens.clamp_(max=self.vocab_size - 1)  # logits that are not finite point anywhere
         log_probs = (p.gather(1, tokens[:, None])[:, 0].double() / totals).log_()
         floor = torch.finfo(torch.float32).min
@@ -138,6 +139,35 @@ class Sampler:
         if any(t != 1.0 for t in temperatures):
             x.div_(torch.tensor(temperatures)[:, None])
         return x
+
+    def _truncate(
+        self, tokens: Tensor, p: Tensor, block_sums: Tensor, cumulative: Tensor, rows: list[SamplingRow]
+    ) -> None:
+        """Replace, in place, tokens [B] that top-k, top-p or min-p leave out.
+
+        Drawing again until the token is among those kept samples from exactly those, and needs no sorted vocabulary.
+        """
+        totals = cumulative[:, -1]
+        pending = []
+        for i, row in enumerate(rows):
+            if row.temperature != 0 and row.is_truncated:
+                if row.top_k <= SMALL_TOP_K:
+                    tokens[i] = _sample_sorted(p[i], float(totals[i]), row)
+                else:
+                    pending.append(i)
+        for draw in range(1, MAX_DRAWS + 1):
+            if not pending:
+                return
+            index = torch.tensor(pending)
+            mine = p if len(pending) == len(rows) else p[index]
+            is_kept = _is_kept(mine, tokens[index], totals[index], [rows[i] for i in pending]).tolist()
+            pending = [i for i, kept in zip(pending, is_kept, strict=True) if not kept]
+            if pending and draw < MAX_DRAWS:
+                index = torch.tensor(pending)
+                noise = torch.tensor([uniform(rows[i].seed, rows[i].position, draw) for i in pending]).double()
+                tokens[index] = self._invert(p[index], block_sums[index], cumulative[index], noise * totals[index])
+        for i in pending:
+            tokens[i] = _sample_sorted(p[i], float(totals[i]), rows[i])
 
     def _invert(self, p: Tensor, block_sums: Tensor, cumulative: Tensor, mass: Tensor) -> Tensor:
         """The token at which the cumulative sum of p [B, V] passes `mass` [B]."""
@@ -197,24 +227,35 @@ def _change_logits(x: Tensor, row: SamplingRow) -> None:
         x[[token for token in row.forbidden if token < x.shape[0]]] = float("-inf")
 
 
-def _sample_truncated(p: Tensor, total: float, row: SamplingRow, noise: float) -> int:
+def _is_kept(p: Tensor, tokens: Tensor, totals: Tensor, rows: list[SamplingRow]) -> Tensor:
+    """Whether top-p, top-k and min-p keep the given tokens [R] of p [R, V]; equally likely tokens rank by their id."""
+    mine = p.gather(1, tokens[:, None])
+    is_before = p > mine
+    ties = (p == mine) & (torch.arange(p.shape[1]) < tokens[:, None])
+    is_before |= ties
+    mass = (p * is_before).sum(-1, dtype=torch.float64) / totals
+    top_p = torch.tensor([row.top_p if row.top_p < 1.0 else 2.0 for row in rows], dtype=torch.float64)
+    is_kept = mass <= top_p
+    if any(row.top_k < MANY_TOKENS for row in rows):
+        is_kept &= is_before.sum(-1) < torch.tensor([row.top_k for row in rows])
+    if any(row.min_p > 0.0 for row in rows):
+        is_kept &= mine[:, 0] >= torch.tensor([row.min_p for row in rows]) * p.amax(-1)
+    return is_kept
+
+
+def _sample_sorted(p: Tensor, total: float, row: SamplingRow) -> int:
     """Sample from what top-k, top-p and min-p leave of p [V] (unnormalized, summing to `total`).
 
     Top-p keeps the smallest set of likeliest tokens whose mass reaches top_p; min-p keeps tokens at least min_p times
     as likely as the likeliest.
     """
-    for size in (min(NUCLEUS, p.shape[0]), p.shape[0]):
-        values, tokens = p.topk(size) if size < p.shape[0] else p.sort(descending=True)
-        values = values.double() / total
-        before = values.cumsum(-1) - values
-        if size == p.shape[0] or row.top_k <= size or float(before[-1]) > row.top_p:
-            break
-        if row.min_p > 0.0 and float(values[-1]) < row.min_p * float(values[0]):
-            break
-    keep = before <= row.top_p if row.top_p < 1.0 else torch.ones_like(before, dtype=torch.bool)
-    keep[row.top_k :] = False
+    values, tokens = p.topk(row.top_k) if row.top_k < p.shape[0] else p.sort(descending=True)
+    values = values.double() / total
+    keep = torch.ones_like(values, dtype=torch.bool)
+    if row.top_p < 1.0:
+        keep &= values.cumsum(-1) - values <= row.top_p
     if row.min_p > 0.0:
         keep &= values >= row.min_p * values[0]
     cumulative = (values * keep).cumsum(-1)
-    index = int(torch.searchsorted(cumulative, noise * cumulative[-1], right=True))
+    index = int(torch.searchsorted(cumulative, uniform(row.seed, row.position) * cumulative[-1], right=True))
     return int(tokens[min(index, int(keep.sum()) - 1)])

@@ -73,7 +73,8 @@ class RowsPlace:
 
     def __init__(self, linear: StackedLinear, part: int) -> None:
         self.linear, self.part = linear, part
-        self.shape, self.dtype = (linear.sizes[part], linear.in_features), linear.matrix.dtype
+        self.shape: tuple[int, ...] = (linear.sizes[part], linear.in_features)
+        self.dtype = linear.matrix.dtype
 
     def write(self, tensor: Tensor) -> None:
         self.linear.matrix.write(self.linear.starts[self.part], tensor)
@@ -117,9 +118,9 @@ class ServedWeights:
             self.places.setdefault(name, []).append(RowsPlace(linear, part))
         if linear.bias is not None:
             memory = self._memory(linear.bias)
-            for start, size, name in zip(linear.starts, linear.sizes, bias_names, strict=True):
-                if name is not None:
-                    self.places.setdefault(name, []).append(ParameterPlace(memory, (slice(start, start + size),)))
+            for start, size, bias in zip(linear.starts, linear.sizes, bias_names, strict=True):
+                if bias is not None:
+                    self.places.setdefault(bias, []).append(ParameterPlace(memory, (slice(start, start + size),)))
 
     def add_parameter(self, parts: dict[str, tuple[int | slice, ...]], parameter: Tensor) -> None:
         """A parameter or buffer the model reads as it is; `parts` says which block of it each HuggingFace name is."""

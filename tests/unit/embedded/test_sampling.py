@@ -92,10 +92,27 @@ def test_truncation_keeps_the_likeliest_tokens(truncation, kept):
     assert abs(counts[3] / 600 - 0.5 / total) < 0.07
 
 
-def test_truncation_looks_beyond_the_first_thousand_tokens():
-    """5,000 equally likely tokens and top-p 0.9: about 4,500 remain, far more than are looked at first."""
-    counts = draws(torch.zeros(5000), count=3000, top_p=0.9)
-    assert 1900 < len(counts) < 4501
+@pytest.mark.parametrize("truncation", [dict(top_p=0.9), dict(top_k=4500), dict(top_p=0.9, top_k=4800)], ids=str)
+def test_a_wide_truncation_keeps_many_tokens_alike(truncation):
+    """Of 5,000 equally likely tokens those with the 4,500 lowest ids are kept (one more where the mass is just met)."""
+    counts = draws(torch.zeros(5000), count=3000, **truncation)
+    assert len(counts) > 1900
+    assert 4200 < max(counts) <= 4501
+    assert max(counts.values()) < 10
+
+
+def test_a_narrow_truncation_ends_after_a_few_draws():
+    """top-p 0.001 keeps 6 of 5,000 tokens: drawing again would take 800 times, so the vocabulary is sorted."""
+    counts = draws(torch.zeros(5000), count=60, top_p=0.001)
+    assert set(counts) <= set(range(6)) or len(counts) <= 6
+
+
+def test_truncated_rows_do_not_disturb_others():
+    logits = torch.randn(4, VOCAB, generator=torch.Generator().manual_seed(2))
+    rows = [row(seed=1), row(seed=2, top_p=0.3), row(seed=3, temperature=0.0), row(seed=4, top_k=5, min_p=0.1)]
+    together = [s.token for s in Sampler(VOCAB).sample(logits, rows)]
+    alone = [Sampler(VOCAB).sample(logits[i : i + 1], [rows[i]])[0].token for i in range(4)]
+    assert together == alone
 
 
 def test_asked_log_probs_of_other_tokens():
