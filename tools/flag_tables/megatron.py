@@ -72,7 +72,12 @@ SWITCH_OFF = {
 }
 
 # Where Megatron-LM's default differs from the dataclass's.
-DEFAULTS = {"rope_type": None, "q_lora_rank": None, "attention_softmax_in_fp32": False}
+DEFAULTS = {
+    "rope_type": None,
+    "q_lora_rank": None,
+    "attention_softmax_in_fp32": False,
+    "check_for_nan_in_grad": True,
+}
 
 # Fields of several dataclasses that one Megatron-LM flag sets.
 ALSO_SETS = {"fp8_param": ["fp8_param_gather"]}
