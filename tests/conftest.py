@@ -7,8 +7,12 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+from collections.abc import Iterator
+
 import hypothesis
 import pytest
+
+from tests.distributed.pool import RankPool, close_pool, pool
 
 # A shared machine is sometimes slow, which says nothing about the code under test.
 hypothesis.settings.register_profile("slime", deadline=None)
@@ -34,3 +38,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def repository() -> Path:
     """The checkout that the tests run in."""
     return ROOT
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[RankPool]:
+    """The pool of forked gloo ranks, one a test run."""
+    yield pool()
+    close_pool()

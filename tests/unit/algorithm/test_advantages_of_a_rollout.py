@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from slime.algorithm.advantages import compute_advantages_and_returns
 from slime.data.context_parallel import ContextParallel
+from tests.distributed.pool import RankPool
 
 
 def tensors(*rows: list[float]) -> list[torch.Tensor]:
@@ -188,7 +188,7 @@ def long_rollout() -> dict:
 ESTIMATORS = ("grpo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "ppo")
 
 
-def _one_of_two_ranks(rank: int, folder: str, make_args) -> None:
+def _one_of_two_ranks(rank: int, world_size: int, port: int, folder: str, all_args) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     cp = ContextParallel(rank, 2, dist.group.WORLD)
@@ -198,23 +198,27 @@ def _one_of_two_ranks(rank: int, folder: str, make_args) -> None:
         lengths = list(zip(data["total_lengths"], data["response_lengths"], strict=True))
         for key in PER_TOKEN:
             data[key] = [cp.slice_response(v, *length) for v, length in zip(data[key], lengths, strict=True)]
-        args = make_args(advantage_estimator=estimator, kl_coef=0.1, gamma=0.9, lambd=0.8, normalize_advantages=True)
-        compute_advantages_and_returns(args, data, process_group=dist.group.WORLD, context_parallel=cp)
+        compute_advantages_and_returns(all_args[estimator], data, process_group=dist.group.WORLD, context_parallel=cp)
         results[estimator] = (data["advantages"], data["returns"])
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
-def test_two_context_parallel_ranks_hold_the_slices_of_what_one_computes(make_args, tmp_path: Path) -> None:
-    mp.start_processes(_one_of_two_ranks, args=(str(tmp_path), make_args), nprocs=2, start_method="fork")
+def test_two_context_parallel_ranks_hold_the_slices_of_what_one_computes(
+    ranks: RankPool, make_args, tmp_path: Path
+) -> None:
+    all_args = {
+        estimator: make_args(
+            advantage_estimator=estimator, kl_coef=0.1, gamma=0.9, lambd=0.8, normalize_advantages=True
+        )
+        for estimator in ESTIMATORS
+    }
+    ranks.run(_one_of_two_ranks, 2, str(tmp_path), all_args)
     for rank in range(2):
         results = torch.load(tmp_path / f"{rank}.pt")
         for estimator in ESTIMATORS:
             data = long_rollout()
-            args = make_args(
-                advantage_estimator=estimator, kl_coef=0.1, gamma=0.9, lambd=0.8, normalize_advantages=True
-            )
-            compute_advantages_and_returns(args, data)
+            compute_advantages_and_returns(all_args[estimator], data)
             lengths = list(zip(data["total_lengths"], data["response_lengths"], strict=True))
             for got, key in zip(results[estimator], ("advantages", "returns"), strict=True):
                 expected = [

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from slime.algorithm.corrections import icepop_function, vanilla_tis_function
 from slime.algorithm.loss import get_loss_function, policy_loss, sft_loss, value_loss
 from slime.data.context_parallel import ContextParallel
 from slime.losses.aggregation import sum_of_sample_mean
+from tests.distributed.pool import RankPool
 
 
 def log(*ratios: float) -> torch.Tensor:
@@ -342,7 +342,7 @@ def test_loss_and_gradient_do_not_depend_on_micro_batches_or_order(make_args, fl
     torch.testing.assert_close(results[0][1], results[1][1])
 
 
-def _one_of_two_ranks(rank: int, folder: str, all_args) -> None:
+def _one_of_two_ranks(rank: int, world_size: int, port: int, folder: str, all_args) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     cp = ContextParallel(rank, 2, dist.group.WORLD)
@@ -364,9 +364,9 @@ def _one_of_two_ranks(rank: int, folder: str, all_args) -> None:
     dist.destroy_process_group()
 
 
-def test_two_context_parallel_ranks_add_up_to_one(make_args, tmp_path: Path) -> None:
+def test_two_context_parallel_ranks_add_up_to_one(ranks: RankPool, make_args, tmp_path: Path) -> None:
     all_args = [make_args(use_kl_loss=True, kl_loss_coef=0.3, **flags) for flags in FLAGS]
-    mp.start_processes(_one_of_two_ranks, args=(str(tmp_path), all_args), nprocs=2, start_method="fork")
+    ranks.run(_one_of_two_ranks, 2, str(tmp_path), all_args)
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for i, args in enumerate(all_args):
         batch, rows = random_batch()

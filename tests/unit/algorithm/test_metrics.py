@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from slime.algorithm.metrics import (
     micro_batch_record,
@@ -14,6 +13,7 @@ from slime.algorithm.metrics import (
     rollout_data_contributions,
 )
 from slime.data.context_parallel import ContextParallel
+from tests.distributed.pool import RankPool
 
 
 def record(loss: float, clipped: float, num_tokens: int = 0):
@@ -54,7 +54,7 @@ def test_micro_batches_must_report_the_same_metrics() -> None:
         reduced([record(1.0, 1.0), micro_batch_record({"loss": torch.tensor(1.0)})])
 
 
-def _one_of_two_ranks(rank: int, folder: str) -> None:
+def _one_of_two_ranks(rank: int, world_size: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     mine = [[record(1.0, 0.5, 3), record(3.0, 0.0, 5)], [record(4.0, 1.0, 2)]][rank]
@@ -63,8 +63,8 @@ def _one_of_two_ranks(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def test_every_rank_gets_the_metrics_of_all(tmp_path: Path) -> None:
-    mp.start_processes(_one_of_two_ranks, args=(str(tmp_path),), nprocs=2, start_method="fork")
+def test_every_rank_gets_the_metrics_of_all(ranks: RankPool, tmp_path: Path) -> None:
+    ranks.run(_one_of_two_ranks, 2, str(tmp_path))
     for rank in range(2):
         assert torch.load(tmp_path / f"{rank}.pt") == [{"loss": 2.0, "clipped": 0.375}, {"loss": 0.8, "clipped": 0.15}]
 

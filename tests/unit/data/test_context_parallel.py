@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slime.data.context_parallel import ContextParallel, chunk_ranges, logits_and_tokens_ranges
+from tests.distributed.pool import RankPool
 
 
 def ranks(size: int) -> list[ContextParallel]:
@@ -95,7 +95,7 @@ def test_wrong_lengths_and_a_missing_group_are_refused() -> None:
         ContextParallel(1, 2).gather_response(torch.zeros(1), 5, 2)
 
 
-def _one_of_two_ranks(rank: int, folder: str) -> None:
+def _one_of_two_ranks(rank: int, world_size: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     cp = ContextParallel(rank, 2, dist.group.WORLD)
@@ -110,9 +110,9 @@ def _one_of_two_ranks(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def test_gathering_gives_the_whole_response_and_its_gradient_to_every_part(tmp_path: Path) -> None:
+def test_gathering_gives_the_whole_response_and_its_gradient_to_every_part(ranks: RankPool, tmp_path: Path) -> None:
     """y = 2 x gathered, loss = sum of y^2 over all ranks: dx = 8 x."""
-    mp.start_processes(_one_of_two_ranks, args=(str(tmp_path),), nprocs=2, start_method="fork")
+    ranks.run(_one_of_two_ranks, 2, str(tmp_path))
     for rank in range(2):
         for (gathered, grad, local), response in zip(torch.load(tmp_path / f"{rank}.pt"), (6, 8, 1, 0), strict=True):
             assert gathered.tolist() == [2.0 * (i + 1) for i in range(response)]

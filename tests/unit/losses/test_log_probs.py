@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from slime.losses.log_probs import log_probs_and_entropy, nucleus_keep_mask
+from tests.distributed.pool import RankPool
 
 
 def reference(logits: list[float], target: int, temperature: float = 1.0) -> tuple[float, float]:
@@ -117,7 +117,7 @@ def test_offsets_that_do_not_fit_the_kept_ids_are_refused() -> None:
         nucleus_keep_mask(torch.tensor([0, 1, 2]), torch.tensor([0, 2]), 4)
 
 
-def _one_of_two_vocabulary_ranks(rank: int, folder: str) -> None:
+def _one_of_two_vocabulary_ranks(rank: int, world_size: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     results = {}
@@ -147,8 +147,8 @@ def _keep_masks() -> dict[str, torch.Tensor | None]:
     return {"all": None, "nucleus": torch.rand(3, 8, generator=torch.Generator().manual_seed(3)) > 0.4}
 
 
-def test_two_halves_of_the_vocabulary_give_what_the_whole_gives(tmp_path: Path) -> None:
-    mp.start_processes(_one_of_two_vocabulary_ranks, args=(str(tmp_path),), nprocs=2, start_method="fork")
+def test_two_halves_of_the_vocabulary_give_what_the_whole_gives(ranks: RankPool, tmp_path: Path) -> None:
+    ranks.run(_one_of_two_vocabulary_ranks, 2, str(tmp_path))
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for name, keep in _keep_masks().items():
         whole = _logits().requires_grad_()
