@@ -15,9 +15,10 @@ from torch import Tensor
 
 INDEX_FILE = "model.safetensors.index.json"
 DEFAULT_SHARD_BYTES = 5_000_000_000
-_WEIGHT_SUFFIXES = (
+WEIGHT_SUFFIXES = (
     ".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".safetensors.index.json", ".bin.index.json",
 )  # fmt: skip
+"""Ends of the file names that hold weights; all else in a HuggingFace folder describes the model or its tokenizer."""
 _DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 
 
@@ -131,7 +132,7 @@ def _write_weights(folder: Path, buckets: Iterable[Iterable[tuple[str, Tensor]]]
 
 def _copy_other_files(origin: Path, folder: Path, dtypes: set[torch.dtype]) -> None:
     for file in sorted(origin.iterdir()):
-        if file.name.startswith(".") or file.name.endswith(_WEIGHT_SUFFIXES):
+        if file.name.startswith(".") or file.name.endswith(WEIGHT_SUFFIXES):
             continue
         if file.is_dir():
             shutil.copytree(file, folder / file.name)

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from slime.models.hf_folder import WEIGHT_SUFFIXES
 from slime.weight_sync.base import Bucket, WeightEngine, WeightSyncError
 from slime.weight_sync.digest import raw_bytes
 from slime.weight_sync.sync import on_each
@@ -19,15 +20,6 @@ from slime.weight_sync.sync import on_each
 logger = logging.getLogger(__name__)
 
 _ALIGNMENT = 64  # bytes; a tensor starts on a cache line, which every dtype accepts
-_WEIGHT_SUFFIXES = (
-    ".safetensors",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".gguf",
-    ".safetensors.index.json",
-    ".bin.index.json",
-)
 
 
 def shared_memory_folder(preferred: str | None = None) -> Path:
@@ -181,5 +173,5 @@ class DiskTransport:
 def copy_model_files(model_path: Path, folder: Path) -> None:
     """Copy what is not a weight (configuration, tokenizer, chat template) from one HuggingFace folder to another."""
     for file in model_path.iterdir():
-        if file.is_file() and not file.name.endswith(_WEIGHT_SUFFIXES):
+        if file.is_file() and not file.name.endswith(WEIGHT_SUFFIXES):
             shutil.copy2(file, folder / file.name)

@@ -15,7 +15,8 @@ from slime.backends.embedded.engine import PAUSE_MODES, give_back_memory
 from slime.backends.embedded.frontend import Frontend
 from slime.backends.embedded.protocol import RequestError
 from slime.backends.embedded.web import bad_body, json_reply, read_json, read_object, required
-from slime.backends.embedded.weights import TensorInfo, WeightError, digest, load_folder
+from slime.backends.embedded.weights import TensorInfo, WeightError, load_folder
+from slime.weight_sync.digest import tensor_digest
 
 logger = logging.getLogger(__name__)
 
@@ -123,9 +124,9 @@ class Control:
             self.engine.weights.check_infos((info for info, _ in manifest), same_dtype=True)
             tensors = _shared_tensors(file, manifest)
             for name, tensor in tensors:
-                if name in digests and digest(tensor) != digests[name]:
+                if name in digests and (seen := tensor_digest(tensor)) != digests[name]:
                     raise WeightError(
-                        f"{name} in {file.name} has digest {digest(tensor)}, but the sender announced {digests[name]}: "
+                        f"{name} in {file.name} has digest {seen}, but the sender announced {digests[name]}: "
                         "it was changed on the way. Nothing was loaded from this file; send it again."
                     )
             count = self.engine.weights.write(tensors)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from slime.backends.embedded.linear import StackedLinear
+from slime.weight_sync.digest import tensor_digest
 
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
 """Names that old checkpoints carry and nobody needs."""
@@ -217,7 +218,7 @@ class ServedWeights:
         A tensor in several places has one digest if all places agree; otherwise the digests of all places, joined by
         `!=`, which equals no digest of anything.
         """
-        return {name: "!=".join(sorted({digest(t) for t in contents})) for name, contents in self.items()}
+        return {name: "!=".join(sorted({tensor_digest(t) for t in contents})) for name, contents in self.items()}
 
     def release(self) -> None:
         """Give the memory of all weights back; nothing can be computed until every name was loaded again."""
@@ -226,13 +227,6 @@ class ServedWeights:
             memory.release()
         for linear in self._linears:
             linear.matrix.release()
-
-
-def digest(tensor: Tensor) -> str:
-    """xxh3-128 in hex over the raw bytes of a contiguous tensor."""
-    import xxhash
-
-    return xxhash.xxh3_128_hexdigest(tensor.detach().view(-1).view(torch.uint8).numpy())
 
 
 def checkpoint_files(folder: str | Path) -> list[Path]:

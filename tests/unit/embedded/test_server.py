@@ -22,8 +22,8 @@ from safetensors.torch import load_file
 
 from slime.backends.base import EngineSpec
 from slime.backends.embedded.launch import server_command
-from slime.backends.embedded.weights import digest
 from slime.utils.processes import ServerProcess, free_port
+from slime.weight_sync.digest import tensor_digest
 from tests.contracts.engine.tiny_model import save_tiny_model
 
 HOST = "127.0.0.1"
@@ -129,7 +129,7 @@ def test_weights_travel_through_shared_memory_in_buckets(server: Server, model_p
             assert reply["success"] and reply["num_tensors"] == len(part)
             told = server.http.get("/get_weight_version").json()["weight_version"]
             assert (told == version) == is_last
-        assert server.checksums() == {name: digest(tensor.contiguous()) for name, tensor in weights.items()}
+        assert server.checksums() == {name: tensor_digest(tensor.contiguous()) for name, tensor in weights.items()}
         server.ok("/continue_generation")
     assert server.greedy() == before
 
@@ -238,7 +238,7 @@ def test_the_last_bucket_must_complete_the_weights(server: Server, model_path: P
     rest = {"model.norm.weight": weights["model.norm.weight"]}
     manifest = write_bucket(server.weights_dir, rest, weight_version=version, last=True)
     server.ok("/update_weights_from_shared_memory", manifest)
-    assert server.checksums() == {name: digest(tensor.contiguous()) for name, tensor in weights.items()}
+    assert server.checksums() == {name: tensor_digest(tensor.contiguous()) for name, tensor in weights.items()}
 
 
 @pytest.mark.parametrize("stream", [False, True])

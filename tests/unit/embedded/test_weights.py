@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 from slime.backends.embedded.attention import ShapeProbe
 from slime.backends.embedded.linear import DenseMatrix, PackedMatrix, can_pack
 from slime.backends.embedded.model import ServedModel
-from slime.backends.embedded.weights import TensorInfo, WeightError, digest, load_folder
+from slime.backends.embedded.weights import TensorInfo, WeightError, load_folder
+from slime.weight_sync.digest import tensor_digest
 from tests.contracts.engine.tiny_model import save_tiny_model
 
 has_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -48,7 +49,7 @@ def test_digests_are_those_of_the_checkpoints_bytes(tmp_path: Path, shape: str, 
     for name, tensor in checkpoint.items():
         served = model.weights.read(name)
         assert torch.equal(served, tensor.to(served.dtype)), name
-        assert digests[name] == digest(tensor.to(served.dtype).contiguous()), name
+        assert digests[name] == tensor_digest(tensor.to(served.dtype).contiguous()), name
 
 
 def test_a_value_flipped_in_any_served_memory_changes_its_digest(model: ServedModel):
@@ -84,7 +85,7 @@ def test_parts_of_a_stacked_matrix_may_come_in_different_calls(model: ServedMode
     doubled = checkpoint[name].to(weights.dtype) * 2
     assert weights.write([(name, doubled)]) == 1
     after = weights.digests()
-    assert after[name] == digest(doubled)
+    assert after[name] == tensor_digest(doubled)
     assert [n for n in before if after[n] != before[n]] == [name]
 
 
