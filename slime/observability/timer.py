@@ -22,8 +22,17 @@ class StepClock:
     A phase inside another is taken out of the outer one, so no second is counted twice. One thread uses a clock.
     """
 
-    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
-        self._now = now
+    def __init__(
+        self,
+        now: Callable[[], float] = time.perf_counter,
+        on_change: Callable[[str], None] | None = None,
+    ) -> None:
+        """
+        Args:
+            now: seconds of a clock that never goes back.
+            on_change: told the innermost phase whenever it changes; "other" between phases.
+        """
+        self._now, self._on_change = now, on_change
         self._open: list[str] = []
         self._seconds: dict[str, float] = {}
         self._start_s = self._last_s = now()
@@ -38,11 +47,13 @@ class StepClock:
             )
         self._charge()
         self._open.append(name)
+        self._tell()
         try:
             yield
         finally:
             self._charge()
             self._open.pop()
+            self._tell()
 
     def finish(self) -> dict[str, float]:
         """Ends the step and starts the next at the same instant.
@@ -63,9 +74,18 @@ class StepClock:
             "perf/step_time": whole,
         }
 
+    @property
+    def current(self) -> str:
+        """The innermost open phase, or "other"."""
+        return self._open[-1] if self._open else "other"
+
+    def _tell(self) -> None:
+        if self._on_change is not None:
+            self._on_change(self.current)
+
     def _charge(self) -> None:
         """Counts the time since the last change towards the innermost open phase."""
-        name, now = self._open[-1] if self._open else "other", self._now()
+        name, now = self.current, self._now()
         self._seconds[name] = self._seconds.get(name, 0.0) + now - self._last_s
         self._last_s = now
 

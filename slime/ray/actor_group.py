@@ -6,6 +6,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from slime.observability.run_status import ProcessInfo
 from slime.ray import cluster
 from slime.ray.engines import EngineRecord
 from slime.ray.train_actor import TrainRayActor
@@ -71,6 +72,11 @@ class RayTrainGroup:
             config = ray.get(self._actors[0].parallel_config.remote())
             ray.get(rollout_manager.set_train_parallel_config.remote(config))
         return start_ids
+
+    def processes(self) -> list[ProcessInfo]:
+        """One process a rank."""
+        found = self._call("pid_and_host", what="tell its pid", timeout_s=60)
+        return [ProcessInfo(self._name(rank), "trainer", pid, host) for rank, (pid, host) in enumerate(found)]
 
     def train(self, rollout_id: int, shards: list[Any]) -> dict[str, float]:
         """Train on one rollout; metrics of rank 0, which are complete."""

@@ -1,6 +1,7 @@
 """Engine processes on their devices and the router before them."""
 
 import logging
+import os
 import shutil
 from argparse import Namespace
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from slime.backends.base import EngineClient, EngineSpec
 from slime.backends.sglang.client import SGLangClient
 from slime.backends.sglang.router import RouterClient, router_command
+from slime.observability.run_status import ProcessInfo
 from slime.ray import cluster
 from slime.ray.waiting import wait_for
 from slime.utils.processes import ServerProcess, free_port
@@ -71,8 +73,11 @@ class EngineActor:
         code = process.poll()
         return None if code is None else f"exit code {code}\n{process.log_tail(20)}"
 
-    def pid(self) -> int | None:
-        return self._started().pid
+    def processes(self) -> list[ProcessInfo]:
+        """This actor and, while it runs, its server."""
+        owner = ProcessInfo(f"owner of {self._spec.name}", "owner", os.getpid())
+        server = self._process.server_pid if self._process is not None else None
+        return [owner] if server is None else [ProcessInfo(self._spec.name, "engine", server), owner]
 
     def stop(self) -> None:
         if self._process is not None:
@@ -158,6 +163,13 @@ class Engines:
             if text is not None
         ]
         return texts
+
+    def processes(self) -> list[ProcessInfo]:
+        """Engines with their owners, and the router if it was started here."""
+        found = wait_for({f"owner {i}": a.processes.remote() for i, a in enumerate(self._actors)}, "tell its pid", 60)
+        router = self._router.server_pid if self._router is not None else None
+        routers = [] if router is None else [ProcessInfo("router", "router", router)]
+        return [process for processes in found for process in processes] + routers
 
     def release_memory(self) -> None:
         """Give back weights and caches of every engine."""

@@ -1,6 +1,7 @@
 """The rollout manager: owns engines, prompts and rewards, and turns a rollout id into training shards."""
 
 import logging
+import os
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ import ray
 from slime.data.batch import convert_samples_to_train_data, split_train_data_by_dp
 from slime.observability import debug_dumps, logging_utils
 from slime.observability.rollout_metrics import flatten_samples, log_eval_rollout_data, log_rollout_data
+from slime.observability.run_status import ProcessInfo
 from slime.observability.samples import write_eval_samples, write_samples
 from slime.ray.engines import EngineRecord, Engines
 from slime.rollout.base_types import (
@@ -73,6 +75,11 @@ class RolloutController:
     def dead_servers(self) -> list[str]:
         """One text for each engine or router that has died, with its last log lines."""
         return self._engines.dead() if self._engines is not None else []
+
+    def processes(self) -> list[ProcessInfo]:
+        """This process, the engines and the router."""
+        servers = self._engines.processes() if self._engines is not None else []
+        return [ProcessInfo("rollout manager", "manager", os.getpid()), *servers]
 
     def generate(self, rollout_id: int) -> list[Box] | None:
         """Make one rollout; one `Box(ObjectRef)` a data-parallel rank, or None when nothing is to be trained."""

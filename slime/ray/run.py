@@ -14,6 +14,7 @@ import ray
 from slime.config import ConfigError
 from slime.observability import logging_utils
 from slime.observability.run_log import RunLog
+from slime.observability.run_status import ProcessInfo, RunStatus
 from slime.observability.timer import StepClock
 from slime.ray import cluster
 from slime.ray.placement_group import (
@@ -63,7 +64,8 @@ class Run:
     def __init__(self, args: Namespace) -> None:
         self.args = args
         self._metrics: dict[str, float] = {}
-        self._clock = StepClock()
+        self._status: RunStatus | None = None
+        self._clock = StepClock(on_change=self._show_phase)
         self._log: RunLog | None = None
         self._manager: Any = None
         self._actor: Any = None
@@ -79,6 +81,8 @@ class Run:
     def __exit__(self, *_: object) -> None:
         """End every process and close the log, whatever state the run is in."""
         with contextlib.ExitStack() as ends:  # runs all of them, last first, even if one fails
+            if self._status is not None:
+                ends.callback(self._status.phase, "done")
             ends.callback(cluster.stop)
             if self._log is not None:
                 ends.callback(self._log.close)
@@ -94,6 +98,7 @@ class Run:
     def _start_processes(self) -> None:
         args = self.args
         os.makedirs(args.run_dir, exist_ok=True)
+        self._status = RunStatus(args.run_dir)
         logging_utils.configure_logger()
         logger.info("starting Ray, %s", "GPUs" if args.device == "cuda" else "CPU devices")
         cluster.start(args)
@@ -112,6 +117,7 @@ class Run:
             self._actor, _ = create_training_models(args, groups, self._manager)
         self.schedule = Schedule.of(args, rollouts_per_epoch)
         self._turns = Turns(args, self._actor, self._manager)
+        self._show_processes()
 
     def _connect(self) -> None:
         if self._actor is None or self.args.debug_train_only:
@@ -126,6 +132,8 @@ class Run:
         """One rollout and what belongs to it: its metrics become one line of the log."""
         if self._metrics:  # set-up, the first sync, the first evaluation
             self._write_log(self.schedule.start - 1)
+        if self._status is not None:
+            self._status.rollout(rollout_id)
         yield
         self._write_log(rollout_id)
 
@@ -170,6 +178,16 @@ class Run:
         with self._clock.phase("eval"), Watch(self._manager) as watch:
             self._ask("eval", rollout_id, what="evaluate", watch=watch.look)
             self._metrics |= ray.get(self._manager.take_metrics.remote())
+
+    def _show_phase(self, name: str) -> None:
+        if self._status is not None and name != "other":
+            self._status.phase(name)
+
+    def _show_processes(self) -> None:
+        assert self._status is not None, "processes before the run was started"
+        trainers = self._actor.processes() if self._actor is not None else []
+        (others,) = wait_for({_MANAGER: self._manager.processes.remote()}, "tell its processes", 60)
+        self._status.processes([ProcessInfo("driver", "driver", os.getpid()), *trainers, *others])
 
     def _write_log(self, rollout_id: int) -> None:
         assert self._log is not None, "a step outside of `with Run(...)`"

@@ -37,8 +37,8 @@ class TrainRayActor:
             probe.bind((host, 0))
             return host, probe.getsockname()[1]
 
-    def pid(self) -> int:
-        return os.getpid()
+    def pid_and_host(self) -> tuple[int, str]:
+        return os.getpid(), socket.gethostname()
 
     def init(self, master_addr: str, master_port: int) -> int:
         """Build and load the model; returns the first rollout id to run."""

@@ -103,6 +103,17 @@ class ServerProcess:
         return None if self._process is None else self._process.pid
 
     @property
+    def server_pid(self) -> int | None:
+        """The server itself: the watchdog's child, where this system tells; else the watchdog. None when not running."""
+        if self._process is None or self._process.poll() is not None:
+            return None
+        children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children")
+        with contextlib.suppress(OSError):
+            if found := children.read_text().split():
+                return int(found[0])
+        return self._process.pid
+
+    @property
     def is_running(self) -> bool:
         """Started and not ended."""
         return self._process is not None and self._process.poll() is None
