@@ -3,7 +3,6 @@
 import datetime
 import functools
 import itertools
-import socket
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
@@ -16,6 +15,7 @@ from torch import Tensor
 # the same function keeps the keys in the store equal on both sides. To be replaced when torch offers a public way.
 from torch.distributed.distributed_c10d import Backend, PrefixStore, _new_process_group_helper
 
+from slime.utils.rendezvous import tcp_store
 from slime.weight_sync.base import Bucket, EngineError, WeightEngine, WeightSyncError
 from slime.weight_sync.sync import on_each
 
@@ -200,15 +200,7 @@ def join(
         torch.distributed.DistStoreError: some rank did not come within `timeout_s`.
     """
     timeout = datetime.timedelta(seconds=timeout_s)
-    listener = _listen(master_address, master_port) if rank == 0 else None
-    store = dist.TCPStore(
-        master_address,
-        master_port,
-        world_size,
-        is_master=rank == 0,
-        timeout=timeout,
-        master_listen_fd=listener.detach() if listener else None,  # by itself the store listens on every interface
-    )
+    store = tcp_store(master_address, master_port, rank=rank, world_size=world_size, timeout=timeout)
     group, _ = _new_process_group_helper(
         world_size,
         rank,
@@ -221,12 +213,3 @@ def join(
     # torch asks for the ranks of every group that it destroys.
     dist.distributed_c10d._world.pg_group_ranks[group] = {member: member for member in range(world_size)}
     return WeightGroup(group, store, group_name)
-
-
-def _listen(address: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.bind((address, port))
-    listener.listen()
-    return listener

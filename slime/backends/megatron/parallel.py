@@ -1,6 +1,5 @@
 """Process groups of one training rank: set up, asked for sizes, torn down."""
 
-import os
 import random
 from argparse import Namespace
 from datetime import timedelta
@@ -12,6 +11,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from slime.backends.megatron.accelerator import Accelerator
+from slime.utils.rendezvous import keep_gloo_on, tcp_store
 
 T = TypeVar("T")
 
@@ -22,19 +22,19 @@ def initialize(
     """Join the other ranks and divide them into Megatron's groups.
 
     Raises:
-        RuntimeError: the ranks did not meet within --distributed-timeout-minutes.
+        RuntimeError: the ranks did not meet within --distributed-timeout-minutes, or rank 0 cannot listen.
     """
     minutes = getattr(args, "distributed_timeout_minutes", 10)
-    if master_addr in ("127.0.0.1", "localhost"):
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one node: do not listen to the outside
+    timeout = timedelta(minutes=minutes)
+    keep_gloo_on(master_addr)
     try:
-        dist.init_process_group(
-            accelerator.backend,
-            init_method=f"tcp://{master_addr}:{master_port}",
-            rank=rank,
-            world_size=world_size,
-            timeout=timedelta(minutes=minutes),
-        )
+        store = tcp_store(master_addr, master_port, rank=rank, world_size=world_size, timeout=timeout)
+        dist.init_process_group(accelerator.backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    except OSError as error:
+        raise RuntimeError(
+            f"Training rank {rank} cannot listen at {master_addr}:{master_port}: {error}. If the address is in use, "
+            "another program took the port a moment ago: start again."
+        ) from error
     except Exception as error:
         raise RuntimeError(
             f"Training rank {rank} of {world_size} did not meet the others at {master_addr}:{master_port} within "
