@@ -5,7 +5,6 @@ import socket
 from datetime import timedelta
 from ipaddress import ip_address
 
-import psutil
 import torch.distributed as dist
 
 
@@ -47,11 +46,8 @@ def is_loopback(address: str) -> bool:
 
 
 def _loopback_interface() -> str | None:
-    """`lo` on Linux."""
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(entry.address == "127.0.0.1" for entry in addresses):
-            return name
-    return None
+    """`lo` on Linux, `lo0` on a Mac."""
+    return next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
 
 
 def _listen(address: str, port: int) -> socket.socket:
