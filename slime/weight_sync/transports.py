@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from slime.models.hf_folder import WEIGHT_SUFFIXES
+from slime.utils.run_marker import folder_prefix
 from slime.weight_sync.base import Bucket, WeightEngine, WeightSyncError
 from slime.weight_sync.digest import raw_bytes
 from slime.weight_sync.sync import on_each
@@ -25,7 +26,7 @@ _ALIGNMENT = 64  # bytes; a tensor starts on a cache line, which every dtype acc
 def shared_memory_folder(preferred: str | None = None) -> Path:
     """A new private folder (mode 0700) for handing over weights, in memory where the host has /dev/shm."""
     parent = preferred or ("/dev/shm" if os.path.isdir("/dev/shm") and os.access("/dev/shm", os.W_OK) else None)
-    return Path(tempfile.mkdtemp(prefix="slime-weights-", dir=parent))
+    return Path(tempfile.mkdtemp(prefix=folder_prefix("weights"), dir=parent))
 
 
 class SharedMemoryTransport:
