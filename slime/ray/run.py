@@ -3,10 +3,12 @@
 import contextlib
 import logging
 import os
+import signal
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Self
 
 import ray
@@ -28,6 +30,7 @@ from slime.ray.turns import Turns
 from slime.ray.waiting import RemoteError, wait_for
 from slime.ray.watch import Watch
 from slime.utils.processes import ServerError
+from slime.utils.run_marker import HungUp, RunMarker, deaf_to_ctrl_c, leaves_when_told
 from slime.weight_sync.base import EngineError, WeightSyncError
 
 logger = logging.getLogger(__name__)
@@ -39,19 +42,22 @@ _IN_WORDS = (RemoteError, WeightSyncError, EngineError, ServerError, ConfigError
 
 @contextmanager
 def errors_in_words() -> Iterator[None]:
-    """Turn an error that explains itself into a line on stderr and exit code 1 (130 for Ctrl-C).
+    """Turn an error that explains itself into a line on stderr and exit code 1 (130 for Ctrl-C, 129 for a hang-up).
 
     Set SLIME_LOG_LEVEL=DEBUG to see the traceback.
     """
     try:
-        yield
+        with leaves_when_told():
+            yield
     except _IN_WORDS as error:
         logger.debug("the run ended by an error", exc_info=True)
         notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()))
         raise SystemExit(f"train.py: error: {error}{notes}") from None
+    except HungUp:  # nobody is there to read a word
+        raise SystemExit(128 + signal.SIGHUP) from None
     except KeyboardInterrupt:
         print("train.py: interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
+        raise SystemExit(128 + signal.SIGINT) from None
 
 
 class Run:
@@ -67,6 +73,7 @@ class Run:
         self._status: RunStatus | None = None
         self._clock = StepClock(on_change=self._show_phase)
         self._log: RunLog | None = None
+        self._marker: RunMarker | None = None
         self._manager: Any = None
         self._actor: Any = None
 
@@ -79,17 +86,21 @@ class Run:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End every process and close the log, whatever state the run is in."""
-        with contextlib.ExitStack() as ends:  # runs all of them, last first, even if one fails
+        """Close the log and end every process, whatever state the run is in; nothing is left ten seconds later."""
+        with deaf_to_ctrl_c(), contextlib.ExitStack() as ends:  # runs all of them, last first, even if one fails
+            if self._marker is not None:
+                ends.callback(self._marker.finish)
             if self._status is not None:
                 ends.callback(self._status.phase, "done")
             ends.callback(cluster.stop)
-            if self._log is not None:
-                ends.callback(self._log.close)
             if self._manager is not None:
                 ends.callback(dispose, self._manager)
             if self._actor is not None:
                 ends.callback(self._actor.close)
+            if self._marker is not None:
+                ends.callback(self._marker.leaving)
+            if self._log is not None:  # before the clock of the end runs: a tracker may have to upload
+                ends.callback(self._log.close)
 
     def _start(self) -> None:
         self._start_processes()
@@ -101,6 +112,7 @@ class Run:
         self._status = RunStatus(args.run_dir)
         logging_utils.configure_logger()
         logger.info("starting Ray, %s", "GPUs" if args.device == "cuda" else "CPU devices")
+        self._marker = RunMarker.start(Path(args.run_dir) / "logs" / "reaper.log")
         cluster.start(args)
         self._log = RunLog(args.run_dir, args)
         groups = create_placement_groups(args)

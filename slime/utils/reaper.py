@@ -1,9 +1,9 @@
 """A small process beside the driver that ends what a run left behind, however the driver ended.
 
-    python reaper.py FD DRIVER_PID TOKEN LOG
+    python reaper.py FD DRIVER_PID TOKEN LOG GRACE_S
 
 FD is the read end of a pipe whose only writer is the driver. When the kernel closes it, or the driver is gone, the
-reaper gives the processes of the run a few seconds to end by themselves, kills with SIGKILL whatever on this machine
+reaper gives the processes of the run GRACE_S seconds to end by themselves, kills with SIGKILL whatever on this machine
 still carries `SLIME_RUN_TOKEN=TOKEN` in its environment (a stopped process, too), removes the run's shared-memory
 folders, and ends. Bytes in the pipe ask for an end while the driver lives: the number of a signal that told it to
 leave (the same grace, and then the driver itself if it still hangs), or LEAVING from a driver that cleans up itself.
@@ -32,9 +32,11 @@ TOKEN_VARIABLE = "SLIME_RUN_TOKEN"
 LEAVING = 0xFF
 """Byte from a driver that has begun to end its processes; any other is the number of a signal."""
 
-GRACE_S = 4.0  # for the processes of a run to end by themselves
-DRIVER_GRACE_S = 7.0  # for a driver that was told to leave by a signal
-GIVE_UP_S = 9.0
+GRACE_S = 4.0
+"""For the processes of a run to end by themselves."""
+
+_DRIVER_GRACE_S = 3.0  # longer: for a driver that was told to leave by a signal
+_GIVE_UP_S = 5.0  # longer: on a process that SIGKILL does not end, because the kernel is busy with it
 _POLL_S = 0.2
 _LEAVING_SIGNALS = (signal.SIGINT, signal.SIGHUP)  # not SIGTERM: on it a driver saves first, which takes its time
 _SHARED_MEMORY = "/dev/shm"
@@ -42,51 +44,52 @@ _SHARED_MEMORY = "/dev/shm"
 
 def main(arguments: list[str]) -> None:
     """Wait for the driver's end, then see to it that nothing of its run is left."""
-    descriptor, driver_pid, token, log = arguments
+    descriptor, driver_pid, token, log, grace_s = arguments
     for ignored in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(ignored, signal.SIG_IGN)
-    pipe, driver = int(descriptor), _Held(int(driver_pid))
-    left_at_s = _wait_for_the_end(pipe, driver, token, Path(log))
-    _end_processes(token, left_at_s, Path(log))
+    run = _Run(token, Path(log), float(grace_s))
+    began_s = run.wait_for_the_end(int(descriptor), _Held(int(driver_pid)))
+    run.end_processes(began_s)
     for folder in shared_memory_folders(token):
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _wait_for_the_end(pipe: int, driver: "_Held", token: str, log: Path) -> float:
-    """Return once the driver is gone or has closed the pipe: `time.monotonic()` of when that began."""
-    leaving_s = told_s = None
-    while True:
+class _Run:
+    """The processes of one run, and when they have to end."""
+
+    def __init__(self, token: str, log: Path, grace_s: float) -> None:
+        self._token, self._log, self._grace_s = token, log, grace_s
+
+    def wait_for_the_end(self, pipe: int, driver: "_Held") -> float:
+        """Return once the driver is gone or has closed the pipe: `time.monotonic()` of when that began."""
+        leaving_s = told_s = None
         watched = [pipe, driver.pidfd] if driver.pidfd is not None else [pipe]
-        is_ending = leaving_s is not None or told_s is not None
-        readable, _, _ = select.select(watched, [], [], _POLL_S if is_ending else None)
-        now = time.monotonic()
-        if driver.pidfd in readable:
-            return leaving_s or told_s or now
-        if pipe in readable:
-            received = os.read(pipe, 4096)
-            if not received:
-                return leaving_s or told_s or now
+        while True:
+            began_s = told_s or leaving_s
+            readable, _, _ = select.select(watched, [], [], None if began_s is None else _POLL_S)
+            now = time.monotonic()
+            received = os.read(pipe, 4096) if pipe in readable else b""
+            if driver.pidfd in readable or (pipe in readable and not received):
+                return began_s or now
             if LEAVING in received:
                 leaving_s = leaving_s or now
             if any(number in received for number in _LEAVING_SIGNALS):
                 told_s = told_s or now
-        began_s = told_s or leaving_s
-        if began_s is not None and now - began_s > GRACE_S:
-            kill_marked(token, log)
-        if told_s is not None and now - told_s > DRIVER_GRACE_S and driver.kill():
-            _write(log, f"killed the driver (pid {driver.pid}), {now - told_s:.1f} s after it was told to leave")
+            if began_s is not None and now - began_s > self._grace_s:
+                kill_marked(self._token, self._log)
+            if told_s is not None and now - told_s > self._grace_s + _DRIVER_GRACE_S and driver.kill():
+                _write(self._log, f"killed the driver (pid {driver.pid}), {now - told_s:.1f} s after a signal to leave")
 
-
-def _end_processes(token: str, began_s: float, log: Path) -> None:
-    """Wait for the marked processes to end, and kill those that have not after the grace."""
-    while list(marked_processes(token)):
-        waited_s = time.monotonic() - began_s
-        if waited_s > GIVE_UP_S:
-            _write(log, f"still there after SIGKILL: {sorted(marked_processes(token))}")
-            return
-        if waited_s > GRACE_S:
-            kill_marked(token, log)
-        time.sleep(_POLL_S)
+    def end_processes(self, began_s: float) -> None:
+        """Wait for the marked processes to end, and kill those that have not after the grace."""
+        while left := sorted(marked_processes(self._token)):
+            waited_s = time.monotonic() - began_s
+            if waited_s > self._grace_s:
+                kill_marked(self._token, self._log)
+            if waited_s > self._grace_s + _GIVE_UP_S:
+                _write(self._log, f"still there after SIGKILL: {left}")
+                return
+            time.sleep(_POLL_S)
 
 
 def marked_processes(token: str) -> Iterator[int]:

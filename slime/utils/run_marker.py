@@ -50,11 +50,12 @@ class RunMarker:
         self._process = process
 
     @classmethod
-    def start(cls, log_path: Path | str) -> Self:
+    def start(cls, log_path: Path | str, grace_s: float = reaper.GRACE_S) -> Self:
         """Mark this process's future children and start the reaper.
 
         Args:
             log_path: where the reaper writes what it had to kill; not made when there is nothing to say.
+            grace_s: for the run's processes to end by themselves once this one has ended.
         """
         global _pipe_of_the_reaper
         if _pipe_of_the_reaper is not None:
@@ -65,7 +66,7 @@ class RunMarker:
         script = [sys.executable, "-I", "-S", reaper.__file__]
         try:
             process = subprocess.Popen(
-                [*script, str(read_end), str(os.getpid()), token, str(Path(log_path).resolve())],
+                [*script, str(read_end), str(os.getpid()), token, str(Path(log_path).resolve()), str(grace_s)],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
