@@ -62,7 +62,8 @@ class _Run:
 
     def wait_for_the_end(self, pipe: int, driver: "_Held") -> float:
         """Return once the driver is gone or has closed the pipe: `time.monotonic()` of when that began."""
-        leaving_s = told_s = None
+        leaving_s: float | None = None  # since when it cleans up by itself
+        told_s: float | None = None  # since when it should, because a signal said so
         watched = [pipe, driver.pidfd] if driver.pidfd is not None else [pipe]
         while True:
             began_s = told_s or leaving_s
