@@ -12,26 +12,9 @@ import httpx
 import psutil
 import pytest
 
-from tests.contracts.engine.tiny_model import save_tiny_model
-
 from .conftest import Train
 
 pytestmark = pytest.mark.timeout(600)
-
-
-@pytest.fixture(scope="session")
-def tiny_flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """A command line for a two-layer llama on one CPU device, in fp32."""
-    folder = tmp_path_factory.mktemp("tiny")
-    model = save_tiny_model(folder / "llama")
-    prompts = folder / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps({"prompt": f"{a} + {a} =", "label": str(2 * a)}) + "\n" for a in range(24)))
-    return [
-        *("--hf-checkpoint", str(model), "--prompt-data", str(prompts), "--rm-type", "random", "--no-bf16"),
-        *("--rollout-batch-size", "4", "--n-samples-per-prompt", "4", "--num-steps-per-rollout", "1"),
-        *("--rollout-max-response-len", "8", "--lr", "1e-3", "--lr-decay-style", "constant"),
-        *("--actor-num-gpus-per-node", "1", "--rollout-num-gpus", "1"),
-    ]
 
 
 def prompts_of(folder: Path, rollout_id: int) -> list[str]:
