@@ -44,7 +44,7 @@ class ServedModel:
         self.attention = CachedAttention()
         implementation = f"slime_embedded_{id(self.attention):x}"
         ALL_ATTENTION_FUNCTIONS.register(implementation, self.attention)
-        self.config = AutoConfig.from_pretrained(self.path)
+        self.config = AutoConfig.from_pretrained(self.path, trust_remote_code=False)
         self.text_config = self.config.get_text_config()
         _refuse_unserved(self.text_config)
         with no_init_weights():

@@ -16,7 +16,7 @@ class Codec:
     def __init__(self, path: str) -> None:
         from transformers import AutoTokenizer
 
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(path)
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
 
     @property
     def end_tokens(self) -> set[int]:
