@@ -19,6 +19,7 @@ import signal
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -151,8 +152,16 @@ def describe(process: Process) -> str:
     return program
 
 
-def run(command: list[str]) -> tuple[int, Family]:
-    """Run the command to its end, and what it left behind; returns its exit code and the family."""
+def one_interval(family: Family) -> None:
+    """What `run` does between two looks, unless told otherwise."""
+    time.sleep(SAMPLE_INTERVAL_S)
+
+
+def run(command: list[str], pause: Callable[[Family], None] = one_interval) -> tuple[int, Family]:
+    """Run the command to its end, and what it left behind; returns its exit code and the family.
+
+    Between two looks at the family `pause` is called with it: it should take about a second, and may look more often.
+    """
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER) failed: this needs Linux")
@@ -166,7 +175,7 @@ def run(command: list[str]) -> tuple[int, Family]:
     signal.signal(signal.SIGTERM, forward)
     code = None
     while code is None:
-        time.sleep(SAMPLE_INTERVAL_S)
+        pause(family)
         family.look()
         code = reap(child)
     end_the_rest(family)
