@@ -10,8 +10,8 @@ def train(args: Namespace) -> None:
     from slime.ray.run import Run
 
     with Run(args) as run:
-        if run.schedule.evaluates_first:
-            run.evaluate(-1)
+        if run.missing_evaluation is not None:
+            run.evaluate(run.missing_evaluation)
         for rollout_id in run.schedule:
             with run.step(rollout_id):
                 shards = run.generate(rollout_id)

@@ -70,6 +70,7 @@ def _rollout() -> list[Metric]:
         Metric("rollout/num_samples", "count", "Samples in the rollout."),
         Metric("rollout/zero_std/count_<reward>", "count", "Groups whose samples all earned this reward: no gradient."),
         Metric("rollout/dynamic_filter/drop_<reason>", "count", "Groups that the dynamic filter dropped, by reason."),
+        Metric("rollout/discarded_groups", "count", "Groups that were started and thrown away: the batch was full."),
         Metric("rollout/retokenized", "count", "Samples that came as text only and were tokenised by slime."),
         Metric("rollout/weight_version_lag/mean", "versions", "Newest version in the rollout minus a sample's oldest."),
         Metric("rollout/weight_version_lag/max", "versions", "The same, for the stalest sample."),

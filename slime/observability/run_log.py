@@ -1,4 +1,6 @@
-"""The record of a run: one JSON line, TensorBoard scalars and one printed line a step; W&B on request.
+"""The record of a run: a line of metrics and one of the ledger, TensorBoard scalars and a printed line a step.
+
+W&B gets the metrics on request.
 
 Only the driver writes. Every metric has a declared name (metric_names); an undeclared one is warned about once,
 and is an error under --ci-test.
@@ -8,6 +10,7 @@ import argparse
 import json
 import logging
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -16,20 +19,21 @@ from typing import Any, TextIO
 
 from slime.observability import metric_names
 from slime.observability.metric_utils import compute_rollout_step
+from slime.observability.resume import cut_back, read_unfinished
+from slime.observability.run_files import LEDGER_FILE, METRICS_FILE, UNFINISHED_FILE, write_whole
 from slime.observability.step_line import format_step
 from slime.observability.tensorboard_utils import _TensorboardAdapter
 from slime.observability.wandb_utils import WandbAdapter
 
 logger = logging.getLogger(__name__)
 
-METRICS_FILE = "metrics.jsonl"
-
 
 class RunLog:
     """Writes what a run has to show into its folder.
 
     Args:
-        run_dir: the run's folder; made when missing. An existing metrics.jsonl is continued (a resumed run).
+        run_dir: the run's folder; made when missing. An existing metrics.jsonl is continued (a resumed run); `begin`
+            cuts it back to the checkpoint.
         args: reads `no_tensorboard`, the `tb_*`, `use_wandb` and `wandb_*` names, `ci_test`; all
             may be missing.
         stream: where the step line is printed.
@@ -46,18 +50,54 @@ class RunLog:
             self._trackers.append(_TensorboardAdapter(argparse.Namespace(**(vars(args) | {"run_dir": str(run_dir)}))))
         if getattr(args, "use_wandb", False):
             self._trackers.append(WandbAdapter(args, self.run_dir))
+        self._accounted_for: int | None = None
+        self._file = self._open()
+
+    def _open(self) -> TextIO:
         path = self.run_dir / METRICS_FILE
         is_torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
-        self._file = path.open("a", encoding="utf-8")
+        file = path.open("a", encoding="utf-8")
         if is_torn:
-            self._file.write("\n")
+            file.write("\n")
+        return file
 
-    def step(self, rollout_id: int, metrics: Mapping[str, Any]) -> None:
+    def begin(self, start: int) -> dict[str, Any] | None:
+        """Makes the record that of the steps before `start`, the first step to come; see `resume.cut_back`.
+
+        TensorBoard is told to forget the later steps, too.
+
+        Returns:
+            the metrics of step `start - 1` if the run was killed after its checkpoint and before its line; they are
+            still to be written.
+        """
+        had_steps = self._file.tell() > 0
+        self._file.close()
+        cut_back(self.run_dir, start)
+        unfinished = read_unfinished(self.run_dir, start - 1)
+        self._file = self._open()
+        if had_steps:
+            first = compute_rollout_step(self._args, start) if start > 0 else -1
+            for tracker in self._trackers:
+                if isinstance(tracker, _TensorboardAdapter):
+                    tracker.purge(first)
+        return unfinished
+
+    def prepare(self, rollout_id: int, metrics: Mapping[str, Any], ledger: Mapping[str, Any] | None = None) -> None:
+        """Write down what is known of a step before its checkpoint is committed.
+
+        A run that is killed between its checkpoint and `step` so loses neither the line nor the rows of the ledger.
+        """
+        self._write_ledger(rollout_id, ledger)
+        values = {name: to_number(name, value) for name, value in metrics.items()}
+        write_whole(self.run_dir / UNFINISHED_FILE, json.dumps({"step": rollout_id, "metrics": values}))
+
+    def step(self, rollout_id: int, metrics: Mapping[str, Any], ledger: Mapping[str, Any] | None = None) -> None:
         """Writes one step, whole, before it returns.
 
         Args:
             rollout_id: the step's number; -1 for what is known before the first step.
             metrics: numbers (or tensors of one number) by declared name.
+            ledger: the rollout's line of the ledger, unless `prepare` wrote it.
 
         Raises:
             TypeError: a value is not a number.
@@ -68,9 +108,11 @@ class RunLog:
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         for name in sorted(name for name, value in finite.items() if value is None):
             logger.warning("Step %d: %s is %s; metrics.jsonl gets null.", rollout_id, name, values[name])
+        self._write_ledger(rollout_id, ledger)
         line = {"step": rollout_id, "time": round(time.time(), 3), **finite}
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
+        (self.run_dir / UNFINISHED_FILE).unlink(missing_ok=True)
         for tracker in self._trackers:
             tracker.log(values, compute_rollout_step(self._args, rollout_id))
         print(format_step(rollout_id, finite), file=self._stream or sys.stdout, flush=True)
@@ -81,6 +123,15 @@ class RunLog:
             tracker.finish()
         self._trackers = []
         self._file.close()
+
+    def _write_ledger(self, rollout_id: int, ledger: Mapping[str, Any] | None) -> None:
+        if ledger is None or self._accounted_for == rollout_id:
+            return
+        with (self.run_dir / LEDGER_FILE).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(ledger) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self._accounted_for = rollout_id
 
     def _check_names(self, metrics: Mapping[str, Any]) -> None:
         if getattr(self._args, "ci_test", False):

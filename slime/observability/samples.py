@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from slime.observability.rollout_metrics import flatten_samples
+from slime.observability.run_files import SAMPLES_DIR
 from slime.utils.types import Sample
-
-SAMPLES_DIR = "samples"
 
 
 def write_samples(

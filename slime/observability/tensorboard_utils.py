@@ -34,7 +34,7 @@ class _TensorboardAdapter:
                 "Install it with `pip install tensorboard`, or pass --no-tensorboard."
             ) from error
         self.directory = directory or tensorboard_dir(args)
-        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        self._event, self._summary, self._session = event_pb2.Event, summary_pb2.Summary, event_pb2.SessionLog
         self._writer = EventFileWriter(str(self.directory))
 
     def log(self, data: Mapping[str, float], step: int) -> None:
@@ -44,12 +44,18 @@ class _TensorboardAdapter:
         self._writer.add_event(event)
         self._writer.flush()
 
+    def purge(self, step: int) -> None:
+        """Make readers forget what earlier files of the folder have of this step and later ones."""
+        start = self._session(status=self._session.START)
+        self._writer.add_event(self._event(step=step, wall_time=time.time(), session_log=start))
+        self._writer.flush()
+
     def finish(self) -> None:
         self._writer.close()
 
 
 def read_scalars(directory: Path | str) -> dict[str, list[tuple[int, float]]]:
-    """Scalars of every event file in a folder: name -> [(step, value), ...] in the order written."""
+    """Scalars of every event file in a folder: name -> [(step, value), ...] in the order written, less the purged."""
     from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
     from tensorboard.compat.proto import event_pb2
 
@@ -57,6 +63,9 @@ def read_scalars(directory: Path | str) -> dict[str, list[tuple[int, float]]]:
     for path in sorted(Path(directory).glob("events.out.tfevents.*")):
         for raw in RawEventFileLoader(str(path)).Load():
             event: Any = event_pb2.Event.FromString(raw)
+            if event.HasField("session_log") and event.session_log.status == event_pb2.SessionLog.START:
+                earlier = {tag: [entry for entry in found if entry[0] < event.step] for tag, found in scalars.items()}
+                scalars = {tag: found for tag, found in earlier.items() if found}
             for value in event.summary.value:
                 scalars.setdefault(value.tag, []).append((event.step, value.simple_value))
     return scalars

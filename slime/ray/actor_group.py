@@ -12,6 +12,7 @@ from slime.ray.engines import EngineRecord
 from slime.ray.train_actor import TrainRayActor
 from slime.ray.utils import thread_env
 from slime.ray.waiting import wait_for
+from slime.weight_sync.sync import SyncReport
 
 _DEVICE_SHARE = 0.4  # of a device; the engine on a shared device takes less than the rest
 
@@ -85,15 +86,15 @@ class RayTrainGroup:
     def connect_engines(self, engines: list[EngineRecord]) -> None:
         self._call("connect_engines", engines, what="connect to the engines")
 
-    def update_weights(self) -> dict[str, float]:
-        """Give the engines the next version of the weights, proved; metrics of the sync."""
-        metrics = self._call(
+    def update_weights(self) -> SyncReport:
+        """Give the engines the next version of the weights, proved; what the sync did."""
+        report: SyncReport = self._call(
             "update_weights",
             self._version + 1,
             what=f"sync weights version {self._version + 1}",
         )[0]
         self._version += 1
-        return metrics
+        return report
 
     def save_model(self, rollout_id: int) -> None:
         self._call(

@@ -23,6 +23,7 @@ from slime.rollout.base_types import (
     validate_rollout_id_annotated,
 )
 from slime.rollout.data_source import load_data_source
+from slime.rollout.ledger import take_ledger_line
 from slime.rollout.progress import set_bar_factory
 from slime.rollout.sample_hooks import set_current_rollout_id
 from slime.utils.http_utils import init_http_client
@@ -40,6 +41,7 @@ class RolloutController:
         logging_utils.init_tracking(args, primary=False)
         self.args = args
         self._parallel_config: dict[str, int] = {}
+        self._ledger: dict[str, Any] | None = None
         self._devices = devices
         self._progress: tuple[str, int, int, str] | None = None
         set_bar_factory(self._bar)
@@ -128,6 +130,11 @@ class RolloutController:
         """Metrics since the last call, those that hooks logged included."""
         return logging_utils.take_pending()
 
+    def take_ledger(self) -> dict[str, Any] | None:
+        """The ledger's line of the last rollout; None when it was replayed from a file, or was taken already."""
+        line, self._ledger = self._ledger, None
+        return line
+
     def save(self, rollout_id: int) -> None:
         self.data_source.save(rollout_id)
 
@@ -167,6 +174,7 @@ class RolloutController:
         )
         validate_rollout_id_annotated(output.samples)
         samples = flatten_samples(output.samples)
+        self._ledger = take_ledger_line(self.data_source, rollout_id, output)
         log_rollout_data(rollout_id, self.args, samples, output.metrics, time.perf_counter() - started)
         return samples
 

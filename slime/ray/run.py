@@ -15,6 +15,7 @@ import ray
 
 from slime.config import ConfigError
 from slime.observability import logging_utils
+from slime.observability.digests import write_digests
 from slime.observability.run_log import RunLog
 from slime.observability.run_status import ProcessInfo, RunStatus
 from slime.observability.timer import StepClock
@@ -70,6 +71,9 @@ class Run:
     def __init__(self, args: Namespace) -> None:
         self.args = args
         self._metrics: dict[str, float] = {}
+        self._ledger: dict[str, Any] | None = None
+        self._trained: int = -1  # the last rollout that the weights were trained on
+        self._is_unfinished = False  # the line of the step before the first is still to be written
         self._status: RunStatus | None = None
         self._clock = StepClock(on_change=self._show_phase)
         self._log: RunLog | None = None
@@ -81,11 +85,11 @@ class Run:
         try:
             self._start()
         except BaseException:
-            self.__exit__()
+            self.__exit__(*sys.exc_info())
             raise
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None = None, *_: object) -> None:
         """Close the log and end every process, whatever state the run is in; nothing is left ten seconds later."""
         with deaf_to_ctrl_c(), contextlib.ExitStack() as ends:  # runs all of them, last first, even if one fails
             if self._marker is not None:
@@ -101,6 +105,8 @@ class Run:
                 ends.callback(self._marker.leaving)
             if self._log is not None:  # before the clock of the end runs: a tracker may have to upload
                 ends.callback(self._log.close)
+                if error is None:
+                    ends.callback(self._write_start)  # of a run without a step
 
     def _start(self) -> None:
         self._start_processes()
@@ -127,6 +133,10 @@ class Run:
                 args.hf_checkpoint,
             )
             self._actor, _ = create_training_models(args, groups, self._manager)
+        self._trained = args.start_rollout_id - 1
+        unfinished = self._log.begin(args.start_rollout_id)
+        self._is_unfinished = args.start_rollout_id == 0 or unfinished is not None
+        self._metrics |= unfinished or {}
         self.schedule = Schedule.of(args, rollouts_per_epoch)
         self._turns = Turns(args, self._actor, self._manager)
         self._show_processes()
@@ -142,8 +152,7 @@ class Run:
     @contextmanager
     def step(self, rollout_id: int) -> Iterator[None]:
         """One rollout and what belongs to it: its metrics become one line of the log."""
-        if self._metrics:  # set-up, the first sync, the first evaluation
-            self._write_log(self.schedule.start - 1)
+        self._write_start()
         if self._status is not None:
             self._status.rollout(rollout_id)
         yield
@@ -154,6 +163,7 @@ class Run:
         with self._clock.phase("generate"), Watch(self._manager) as watch:
             shards = self._ask("generate", rollout_id, what=f"generate rollout {rollout_id}", watch=watch.look)
             self._metrics |= ray.get(self._manager.take_metrics.remote())
+            self._ledger = ray.get(self._manager.take_ledger.remote())
         return shards
 
     def train(self, rollout_id: int, shards: list[Any] | None) -> None:
@@ -163,6 +173,7 @@ class Run:
         self._turns.to_trainer(self._clock)
         with self._clock.phase("train"):
             self._metrics |= self._actor.train(rollout_id, shards)
+        self._trained = rollout_id
 
     def save(self, rollout_id: int) -> None:
         """Checkpoint of the model and of the prompts' position; the HuggingFace export when asked for."""
@@ -170,6 +181,8 @@ class Run:
             return
         with self._clock.phase("save"):
             if self.args.save and self.args.save_interval:
+                assert self._log is not None, "a save outside of `with Run(...)`"
+                self._log.prepare(rollout_id, self._metrics, self._ledger)
                 self._actor.save_model(rollout_id)
                 if self.args.rollout_global_dataset:
                     self._ask("save", rollout_id, what="save the data position")
@@ -182,8 +195,21 @@ class Run:
             return
         self._turns.to_engines(self._clock)
         with self._clock.phase("sync"):
-            self._metrics |= self._actor.update_weights()
+            report = self._actor.update_weights()
+            write_digests(self.args.run_dir, report.version, report.digests, self._trained)
+            self._metrics |= report.metrics()
         self._turns.to_generation(self._clock)
+
+    @property
+    def missing_evaluation(self) -> int | None:
+        """The rollout after which an evaluation is still due before the first step; None: nothing is due.
+
+        That is -1 at the start, and the rollout of the checkpoint where a run was killed before it had evaluated it.
+        """
+        if self.schedule.evaluates_first:
+            return -1
+        last = self.schedule.start - 1
+        return last if last >= 0 and self._is_unfinished and self.schedule.evaluates_after(last) else None
 
     def evaluate(self, rollout_id: int) -> None:
         """Run every evaluation task with the weights that the engines hold; -1 is before the first rollout."""
@@ -201,10 +227,22 @@ class Run:
         (others,) = wait_for({_MANAGER: self._manager.processes.remote()}, "tell its processes", 60)
         self._status.processes([ProcessInfo("driver", "driver", os.getpid()), *trainers, *others])
 
+    def _write_start(self) -> None:
+        """What came before the first step (set-up, sync, evaluation) is the line of the step before it.
+
+        A resumed run has that line from before it ended, unless it was killed before it wrote it.
+        """
+        if self._metrics and self._is_unfinished:
+            self._write_log(self.schedule.start - 1)
+        elif self._metrics:
+            self._clock.finish()
+            self._metrics = {}
+        self._is_unfinished = False
+
     def _write_log(self, rollout_id: int) -> None:
         assert self._log is not None, "a step outside of `with Run(...)`"
-        self._log.step(rollout_id, self._metrics | self._clock.finish())
-        self._metrics = {}
+        self._log.step(rollout_id, self._metrics | self._clock.finish(), self._ledger)
+        self._metrics, self._ledger = {}, None
 
     def _ask(self, method: str, *method_args: Any, what: str, watch: Callable[[], None] | None = None) -> Any:
         (result,) = wait_for({_MANAGER: getattr(self._manager, method).remote(*method_args)}, what, watch=watch)

@@ -12,7 +12,7 @@ import ray
 from slime.backends.base import Trainer
 from slime.observability.logging_utils import configure_logger
 from slime.ray.engines import EngineRecord
-from slime.weight_sync.sync import WeightSync
+from slime.weight_sync.sync import SyncReport, WeightSync
 
 
 class TrainRayActor:
@@ -79,11 +79,11 @@ class TrainRayActor:
             self._sync = make_weight_sync(self._args, self.trainer.weights(), engines, is_sender=self._rank == 0)
         self._sync.connect([engine.client() for engine in engines] if self._rank == 0 else [])
 
-    def update_weights(self, version: int) -> dict[str, float]:
-        """Bring the engines to `version` and prove it; metrics on rank 0."""
+    def update_weights(self, version: int) -> SyncReport:
+        """Bring the engines to `version` and prove it; what was done on rank 0."""
         if self._sync is None:
             raise RuntimeError("update_weights() before connect_engines().")
-        return self._sync.sync(version).metrics()
+        return self._sync.sync(version)
 
     def save_model(self, rollout_id: int) -> None:
         self.trainer.save(rollout_id)

@@ -7,6 +7,20 @@ from typing import Any
 from slime.utils.types import Sample
 
 
+@dataclass(frozen=True)
+class GroupFates:
+    """What became of the groups that a rollout drew from the data source, each by its `group_index`.
+
+    A drawn group that is in none of the lists went back to the data source.
+    """
+
+    trained: tuple[int | None, ...] = ()
+    dropped: tuple[int | None, ...] = ()
+    """By the dynamic filter."""
+    discarded: tuple[int | None, ...] = ()
+    """Started and thrown away: the batch was full."""
+
+
 @dataclass
 class RolloutFnTrainOutput:
     """A rollout for training."""
@@ -14,6 +28,8 @@ class RolloutFnTrainOutput:
     samples: list[Any]
     """Groups of samples, nested to any depth."""
     metrics: dict[str, Any] | None = None
+    fates: GroupFates | None = None
+    """For the run's ledger; None: all that is known is which groups are in `samples`."""
 
 
 @dataclass

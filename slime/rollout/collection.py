@@ -6,7 +6,7 @@ from collections.abc import Callable
 from enum import Enum
 from typing import Any
 
-from slime.rollout.base_types import flatten_samples
+from slime.rollout.base_types import GroupFates, flatten_samples
 from slime.rollout.custom_generate import RETOKENIZED
 from slime.rollout.filter_hub.base_types import (
     MetricGatherer,
@@ -28,7 +28,7 @@ class Outcome(Enum):
 
 
 class Collection:
-    """Takes finished groups in until `--rollout-batch-size` are kept."""
+    """Takes finished groups in until `--rollout-batch-size` are kept, and knows what became of every group."""
 
     def __init__(self, args: Namespace, rollout_id: int, dynamic_filter: Callable[..., Any] | None) -> None:
         self.args, self.rollout_id, self.target = args, rollout_id, args.rollout_batch_size
@@ -37,17 +37,28 @@ class Collection:
         self.finished: list[list[Any]] = []
         self.drops = MetricGatherer()
         self.num_dropped = 0
+        self._drawn: list[int | None] = []
+        self._outcomes: dict[int, Outcome] = {}
 
     @property
     def is_full(self) -> bool:
         return len(self.kept) >= int(self.target)
 
-    def take(self, group: list[Any], remaining_batch_size: int) -> Outcome:
+    def note_drawn(self, groups: list[list[Any]]) -> None:
+        """Groups that the data source gave, in the order in which they are started."""
+        self._drawn += [group_index(group) for group in groups]
+
+    def take(self, number: int, group: list[Any], remaining_batch_size: int) -> Outcome:
         """Filter a finished group and keep it while there is room.
 
         Args:
+            number: which of the drawn groups it is, from 0.
             remaining_batch_size: groups kept or still in flight, this one included.
         """
+        self._outcomes[number] = outcome = self._judge(group, remaining_batch_size)
+        return outcome
+
+    def _judge(self, group: list[Any], remaining_batch_size: int) -> Outcome:
         size = self.args.n_samples_per_prompt
         assert len(group) == size, f"A group came back with {len(group)} members; --n-samples-per-prompt is {size}."
         self.finished.append(group)
@@ -71,9 +82,25 @@ class Collection:
         self.kept.append(group)
         return Outcome.KEPT
 
-    def metrics(self) -> dict[str, Any]:
+    def fates(self, *, keeps_unfinished: bool) -> GroupFates:
+        """What became of each drawn group; those without an outcome were aborted.
+
+        Args:
+            keeps_unfinished: aborted groups go back to the data source instead of being thrown away.
+        """
+        fates: dict[Outcome, list[int | None]] = {outcome: [] for outcome in Outcome}
+        for number, index in enumerate(self._drawn):
+            outcome = self._outcomes.get(number, None if keeps_unfinished else Outcome.SURPLUS)
+            if outcome is not None:
+                fates[outcome].append(index)
+        kept, dropped, surplus = fates[Outcome.KEPT], fates[Outcome.DROPPED], fates[Outcome.SURPLUS]
+        return GroupFates(trained=tuple(kept), dropped=tuple(dropped), discarded=tuple(surplus))
+
+    def metrics(self, fates: GroupFates) -> dict[str, Any]:
         """Counts for the metrics of the rollout."""
         metrics: dict[str, Any] = dict(self.drops.collect())
+        if fates.discarded:
+            metrics["rollout/discarded_groups"] = len(fates.discarded)
         retokenized = sum(bool((sample.metadata or {}).get(RETOKENIZED)) for sample in flatten_samples(self.kept))
         if retokenized:
             metrics["rollout/retokenized"] = retokenized
@@ -82,7 +109,18 @@ class Collection:
 
 def first_index(group: list[Any]) -> tuple[bool, int]:
     """Sorts groups by the index of their first sample; those without one come first."""
-    first = group[0]
+    index = _first_sample(group).index
+    return index is not None, index or 0
+
+
+def group_index(group: list[Any]) -> int | None:
+    """The number that the data source gave a group; None where it gave none."""
+    index: int | None = getattr(_first_sample(group), "group_index", None)
+    return index
+
+
+def _first_sample(group: list[Any]) -> Any:
+    first = group[0] if group else None
     while isinstance(first, list):
         first = first[0]
-    return first.index is not None, first.index or 0
+    return first

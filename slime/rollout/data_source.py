@@ -20,6 +20,9 @@ logger = logging.getLogger(__name__)
 Group = list[Sample]
 """The samples of one prompt."""
 
+Origin = tuple[int, int]
+"""Where a prompt came from: the epoch, and the row of the prompt file (see `Dataset.rows`)."""
+
 
 class DataSource(ABC):
     """What the rollout manager asks of a data source."""
@@ -55,6 +58,9 @@ class RolloutDataSource(DataSource):
     sample_group_index: int
     sample_index: int
     metadata: dict[str, Any]
+    outstanding: dict[int, Origin]
+    """Where the groups came from that were handed out and of which no rollout has said yet what became of them, by
+    `group_index`; those that wait in a buffer among them."""
 
     def __init__(self, args: Namespace) -> None:
         self.prepare(args)
@@ -66,6 +72,7 @@ class RolloutDataSource(DataSource):
         for name in ("epoch_id", "sample_offset", "sample_group_index", "sample_index"):
             state.setdefault(name, 0)
         state.setdefault("metadata", {})
+        state.setdefault("outstanding", {})
         if "dataset" not in state:
             self.dataset = self._read_dataset()
 
@@ -113,23 +120,33 @@ class RolloutDataSource(DataSource):
             self.processor.save_pretrained(Path(folder) / "processor")
 
     def get_samples(self, num_samples: int) -> list[Group]:
-        return [self._make_group(prompt) for prompt in self._next_prompts(num_samples)]
+        groups = []
+        for prompt, origin in self._next_prompts(num_samples):
+            if origin is not None:
+                self.outstanding[self.sample_group_index] = origin
+            groups.append(self._make_group(prompt))
+        return groups
 
-    def _next_prompts(self, num_prompts: int) -> list[Sample]:
+    def _next_prompts(self, num_prompts: int) -> list[tuple[Sample, Origin | None]]:
         if self.dataset is None:
-            return [Sample() for _ in range(num_prompts)]
-        prompts: list[Sample] = []
+            return [(Sample(), None) for _ in range(num_prompts)]
+        prompts: list[tuple[Sample, Origin | None]] = []
         while len(prompts) < num_prompts:
             if self.sample_offset >= len(self.dataset):
                 self.epoch_id += 1
                 self.sample_offset = 0
                 if self.args.rollout_shuffle:
                     self.dataset.shuffle(self.epoch_id)
-            end = self.sample_offset + num_prompts - len(prompts)
-            taken = self.dataset.samples[self.sample_offset : end]
-            prompts += taken
-            self.sample_offset += len(taken)
+            taken = slice(self.sample_offset, self.sample_offset + num_prompts - len(prompts))
+            rows = self.dataset.rows[taken]
+            prompts += zip(self.dataset.samples[taken], [(self.epoch_id, row) for row in rows], strict=True)
+            self.sample_offset += len(rows)
         return prompts
+
+    @property
+    def position(self) -> tuple[int, int] | None:
+        """The epoch, and how many of its prompts were handed out; None without a dataset that is read in order."""
+        return None if self.dataset is None else (self.epoch_id, self.sample_offset)
 
     def _make_group(self, prompt: Sample) -> Group:
         group = []
@@ -162,6 +179,7 @@ class RolloutDataSource(DataSource):
             "sample_group_index": self.sample_group_index,
             "sample_index": self.sample_index,
             "metadata": to_state(self.metadata, "metadata"),
+            "outstanding": [[group_index, *origin] for group_index, origin in self.outstanding.items()],
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -169,6 +187,7 @@ class RolloutDataSource(DataSource):
         for name in ("sample_offset", "epoch_id", "sample_group_index", "sample_index"):
             setattr(self, name, int(state.get(name, 0)))
         self.metadata = from_state(state.get("metadata", {}))
+        self.outstanding = {group: (epoch, row) for group, epoch, row in state.get("outstanding", [])}
         if self.dataset is not None and self.args.rollout_shuffle:
             self.dataset.shuffle(self.epoch_id)
 
@@ -319,6 +338,11 @@ class _PlainDataSource(RolloutDataSourceWithBuffer):
             raise RuntimeError(f"{type(self.source).__name__} has no add_samples to take {len(samples)} groups back.")
         if samples:
             self.source.add_samples(samples)
+
+    @property
+    def position(self) -> None:
+        """The class draws as it likes."""
+        return None
 
     def state(self) -> dict[str, Any]:
         own = getattr(self.source, "buffer", None)

@@ -1,10 +1,10 @@
 """A sample as a request to an engine, and an engine's reply as the sample's next tokens."""
 
-import uuid
 from argparse import Namespace
 from dataclasses import dataclass
 from typing import Any
 
+from slime.rollout.sampling import session_id
 from slime.utils.processing_utils import build_processor_kwargs, encode_image_for_rollout_engine
 from slime.utils.types import Sample
 
@@ -85,7 +85,7 @@ def _routing_headers(args: Namespace, sample: Sample) -> dict[str, str] | None:
     if getattr(args, "router_policy", None) != "consistent_hashing":
         return None
     if sample.session_id is None:
-        sample.session_id = str(uuid.uuid4())
+        sample.session_id = session_id(args, sample)
     return {"X-SMG-Routing-Key": sample.session_id}
 
 

@@ -1,11 +1,14 @@
 """Sampling parameters of a rollout and of an evaluation, as they stand in a request to the engine."""
 
+import uuid
 from argparse import Namespace
 from typing import Any
 
 from slime.utils.eval_config import EvalDatasetConfig
 from slime.utils.misc import sampling_seed
 from slime.utils.types import Sample
+
+_SESSIONS = uuid.uuid5(uuid.NAMESPACE_OID, "slime session")
 
 
 def rollout_sampling_params(args: Namespace) -> dict[str, Any]:
@@ -31,6 +34,20 @@ def is_deterministic(args: Namespace) -> bool:
     return bool(
         getattr(args, "sglang_enable_deterministic_inference", False) or getattr(args, "deterministic_mode", False)
     )
+
+
+def session_id(args: Namespace, sample: Sample, position: int = 0) -> str:
+    """A new name for what belongs to one sample, by which a router may choose the engine.
+
+    In the deterministic modes it depends on the run's seed and the sample alone.
+
+    Args:
+        position: of the sample in its group; tells samples without an index apart.
+    """
+    if not is_deterministic(args):
+        return str(uuid.uuid4())
+    which = (sample.index, sample.group_index, position)
+    return str(uuid.uuid5(_SESSIONS, ":".join(map(str, (args.rollout_seed, *which)))))
 
 
 def eval_sampling_params(args: Namespace, config: EvalDatasetConfig) -> dict[str, Any]:

@@ -2,13 +2,14 @@
 
 One loop per rollout keeps enough groups in flight, takes each finished one through the dynamic filter until
 `--rollout-batch-size` groups are kept, and aborts the rest; with `--partial-rollout` these go back to the data source.
+In the deterministic modes a finished group waits until every group that was started before it has been judged, so that
+what is kept, and what is drawn next, does not depend on which engine was faster.
 """
 
 import asyncio
 import logging
 import random
 import time
-import uuid
 from argparse import Namespace
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
@@ -24,7 +25,13 @@ from slime.rollout.eval_samples import eval_reward, eval_sample
 from slime.rollout.progress import progress_bar
 from slime.rollout.rm_hub import async_rm, batched_async_rm
 from slime.rollout.sample_hooks import apply_rollout_sample_hooks
-from slime.rollout.sampling import eval_sampling_params, is_deterministic, rollout_sampling_params, sample_seed
+from slime.rollout.sampling import (
+    eval_sampling_params,
+    is_deterministic,
+    rollout_sampling_params,
+    sample_seed,
+    session_id,
+)
 from slime.utils.async_utils import run
 from slime.utils.data import Dataset
 from slime.utils.eval_config import EvalDatasetConfig
@@ -85,7 +92,8 @@ class GenerateState(metaclass=SingletonMeta):
     def dp_rank_context(self) -> Iterator[int]:
         """Counts a request on one of the least loaded data-parallel ranks of the engine, and says which."""
         fewest = min(self.dp_counts)
-        self.dp_rank = rank = random.choice([r for r, count in enumerate(self.dp_counts) if count == fewest])
+        ranks = [rank for rank, count in enumerate(self.dp_counts) if count == fewest]
+        self.dp_rank = rank = ranks[0] if is_deterministic(self.args) else random.choice(ranks)
         self.dp_counts[rank] += 1
         try:
             yield rank
@@ -216,7 +224,7 @@ async def generate_and_rm_group(
         params = sampling_params.copy()
         if isinstance(sample, Sample):
             if sample.session_id is None:
-                sample.session_id = str(uuid.uuid4())
+                sample.session_id = session_id(args, sample, position)
             if is_deterministic(args):
                 params["sampling_seed"] = sample_seed(args, sample, position)
         calls.append(_named(sample, generate_and_rm(args, sample, params, evaluation=evaluation)))
@@ -275,54 +283,67 @@ async def generate_rollout_async(
     state = GenerateState(args)
     started = time.perf_counter()
     collection = Collection(args, rollout_id, _load_optional(args, "dynamic_sampling_filter_path"))
-    tasks: list[asyncio.Task[list[Any]]] = []
     try:
         with progress_bar(collection.target, f"rollout {rollout_id}") as bar:
             while not collection.is_full:
-                _keep_in_flight(args, state, collection.target, data_source)
-                tasks = sorted(state.pendings, key=_task_number)
-                done, state.pendings = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-                for task in sorted(done, key=_task_number):
-                    outcome = collection.take(task.result(), state.remaining_batch_size)
+                _keep_in_flight(args, state, collection, data_source)
+                for task in await _next_finished(state.pendings, in_order=is_deterministic(args)):
+                    state.pendings.discard(task)
+                    outcome = collection.take(_task_number(task), task.result(), state.remaining_batch_size)
                     state.remaining_batch_size -= outcome is Outcome.DROPPED
                     bar.update(int(outcome is Outcome.KEPT))
         aborted = await abort(args, rollout_id)
     except BaseException:
-        await _cancel([*tasks, *state.pendings])
+        await _cancel(state.pendings)
         raise
     finally:
         state.reset()
     groups = sorted(collection.kept, key=first_index)
+    fates = collection.fates(keeps_unfinished=_keeps_unfinished(args))
     _process(args, "rollout_sample_filter_path", groups)
     _process(args, "rollout_all_samples_process_path", sorted(collection.finished, key=first_index), data_source)
     logger.info(
-        "rollout %d: %d groups of %d in %.1f s  dropped %d  to be continued %d",
+        "rollout %d: %d groups of %d in %.1f s  dropped %d  discarded %d  to be continued %d",
         rollout_id,
         len(groups),
         args.n_samples_per_prompt,
         time.perf_counter() - started,
         collection.num_dropped,
+        len(fates.discarded),
         len(aborted),
     )
-    return RolloutFnTrainOutput(samples=groups, metrics=collection.metrics()), aborted
+    return RolloutFnTrainOutput(samples=groups, metrics=collection.metrics(fates), fates=fates), aborted
 
 
 def _keep_in_flight(
-    args: Namespace, state: GenerateState, target: int, data_source: Callable[[int], list[list[Sample]]]
+    args: Namespace, state: GenerateState, collection: Collection, data_source: Callable[[int], list[list[Sample]]]
 ) -> None:
     """Submit groups, `--over-sampling-batch-size` at a time, until those kept and in flight can fill the batch."""
-    while state.remaining_batch_size < target:
+    while state.remaining_batch_size < collection.target:
         groups = data_source(args.over_sampling_batch_size)
         if not groups:
             raise RuntimeError(
                 f"The data source gave no group where {args.over_sampling_batch_size} were asked for; "
-                f"the rollout still needs {target - state.remaining_batch_size}."
+                f"the rollout still needs {collection.target - state.remaining_batch_size}."
             )
+        collection.note_drawn(groups)
         state.submit_generate_tasks(groups)
 
 
+async def _next_finished(
+    pendings: "set[asyncio.Task[list[Any]]]", *, in_order: bool
+) -> "list[asyncio.Task[list[Any]]]":
+    """Wait for the groups that are judged next: whichever have finished or, in order, the one that was started first.
+
+    An error of a group comes up when it is its turn; in order too, so that it ends every run at the same place.
+    """
+    tasks = sorted(pendings, key=_task_number)
+    done, _ = await asyncio.wait(tasks[:1] if in_order else tasks, return_when=asyncio.FIRST_COMPLETED)
+    return sorted(done, key=_task_number)
+
+
 def _task_number(task: "asyncio.Task[Any]") -> int:
-    """Sorts tasks by their start, so that groups that finish together are taken in the same order in every run."""
+    """Which of the rollout's drawn groups a task makes, from 0, in the order of their start."""
     return int(task.get_name().rpartition("-")[2])
 
 
@@ -349,7 +370,7 @@ async def abort(args: Namespace, rollout_id: int) -> list[list[Any]]:
     assert not state.aborted, "The rollout is being aborted already."
     state.aborted = True
     groups: list[list[Any]] = []
-    is_kept = bool(getattr(args, "partial_rollout", False))
+    is_kept = _keeps_unfinished(args)
     deadline_s = float(getattr(args, "sglang_router_request_timeout_secs", None) or 14400)
     started = time.monotonic()
     while state.pendings:
@@ -372,6 +393,10 @@ async def abort(args: Namespace, rollout_id: int) -> list[list[Any]]:
         if sample.response:
             sample.metadata.setdefault("start_rollout_id", rollout_id)
     return groups
+
+
+def _keeps_unfinished(args: Namespace) -> bool:
+    return bool(getattr(args, "partial_rollout", False))
 
 
 async def _worker_urls(args: Namespace) -> list[str]:

@@ -297,7 +297,11 @@ def _content_items(
 
 
 class Dataset:
-    """All samples of a prompt file, in the order of the file or of an epoch's shuffle."""
+    """All samples of a prompt file, in the order of the file or of an epoch's shuffle.
+
+    `rows[i]` is the row that `samples[i]` was read from, 0-based: counted after an `@[a:b]` slice was taken and without
+    empty lines, and kept through shuffles and the length filter.
+    """
 
     def __init__(
         self,
@@ -338,15 +342,17 @@ class Dataset:
         samples = [reader.sample(row) for row in read_rows(path)]
         if not samples:
             raise DataError(f"{path}: no rows.")
+        row_of = {id(sample): row for row, sample in enumerate(samples)}
         if max_length is not None:
-            samples = filter_long_prompt(samples, tokenizer, processor, max_length)
+            everything = samples  # keeps the ids above those of living objects
+            samples = filter_long_prompt(everything, tokenizer, processor, max_length)
             if not samples:
                 raise DataError(
                     f"{path}: every prompt has more than {max_length} tokens. Raise --rollout-max-prompt-len (for "
                     "evaluation --eval-max-prompt-len)."
                 )
-        self.origin_samples = samples
-        self.samples = samples
+        self.origin_samples = self.samples = samples
+        self.origin_rows = self.rows = [row_of[id(sample)] for sample in samples]
         self.seed = seed
         self.epoch_id = -1
         self.num_drawn = 0
@@ -358,6 +364,7 @@ class Dataset:
         order = list(range(len(self.origin_samples)))
         random.Random(self.seed + epoch_id).shuffle(order)
         self.samples = [self.origin_samples[i] for i in order]
+        self.rows = [self.origin_rows[i] for i in order]
         self.epoch_id = epoch_id
 
     def sample(self, num_samples: int) -> list[Sample]:

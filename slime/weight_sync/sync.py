@@ -38,6 +38,8 @@ class SyncReport:
     num_tensors: int = 0
     size_bytes: int = 0
     phases_s: dict[str, float] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
+    """Of every tensor, under the engines' names: what every engine was proved to hold."""
 
     @property
     def total_s(self) -> float:
@@ -126,6 +128,7 @@ class WeightSync:
         with _phase(report, "verify"):
             expected = digests.result()
             self._on_all(lambda engine: verify(engine, expected, label))
+            report.digests = expected
         with _phase(report, "continue"):
             self._on_all(lambda engine: engine.resume())
         logger.info(

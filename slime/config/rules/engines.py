@@ -121,6 +121,21 @@ def flops_balance_needs_dynamic_batches(config: Config) -> None:
         )
 
 
+def deterministic_samples_are_whole(config: Config) -> None:
+    """Where an aborted sample stops is a matter of timing, so what continues it cannot be the same in every run."""
+    if not config.rollout.partial_rollout:
+        return
+    for flag, values in (
+        ("--deterministic-mode", config.megatron),
+        ("--sglang-enable-deterministic-inference", config.sglang),
+    ):
+        if values.get(flag.removeprefix("--").replace("-", "_")):
+            raise ConfigError(
+                f"--partial-rollout continues samples where an abort cut them, which is a matter of timing and so "
+                f"never the same in two runs with {flag}; drop one of them"
+            )
+
+
 RULES = (
     device_exists,
     sglang_is_installed,
@@ -134,4 +149,5 @@ RULES = (
     router_address_is_complete,
     epochs_need_a_data_set,
     flops_balance_needs_dynamic_batches,
+    deterministic_samples_are_whole,
 )

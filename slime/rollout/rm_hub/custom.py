@@ -1,7 +1,8 @@
 """`--custom-rm-path`: a user's reward, as a function of one sample, of a list of samples, or as a class.
 
 A class is built once, from `--rm-model-path`, and its `compute_reward(prompts, responses)` runs in a thread, one call
-at a time; samples that arrive while it runs are given to it together in the next call.
+at a time; samples that arrive while it runs are given to it together in the next call. In the deterministic modes each
+call gets one sample: which samples arrive together is a matter of timing, and a model's numbers may depend on it.
 """
 
 import argparse
@@ -12,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
+from slime.rollout.sampling import is_deterministic
 from slime.utils.misc import load_function
 from slime.utils.types import Sample
 
@@ -25,7 +27,7 @@ async def custom_reward(path: str, args: argparse.Namespace, sample: Sample, **k
     """The reward of one sample; a function whose second parameter is `samples` gets a list of one."""
     function = load_function(path, DEFAULT_NAMES)
     if inspect.isclass(function):
-        return await _model(path, getattr(args, "rm_model_path", None)).reward(sample)
+        return await _model(path, getattr(args, "rm_model_path", None), _max_batch(args)).reward(sample)
     if _second_parameter(function) == "samples":
         return _checked(path, await _call(function, args, [sample], **kwargs), 1)[0]
     return await _call(function, args, sample, **kwargs)
@@ -35,7 +37,7 @@ async def custom_rewards(path: str, args: argparse.Namespace, samples: Sequence[
     """The rewards of a list of samples; a function whose second parameter is `sample` is called for each."""
     function = load_function(path, DEFAULT_NAMES)
     if inspect.isclass(function):
-        model = _model(path, getattr(args, "rm_model_path", None))
+        model = _model(path, getattr(args, "rm_model_path", None), _max_batch(args))
         return list(await asyncio.gather(*(model.reward(sample) for sample in samples)))
     if _second_parameter(function) == "sample":
         return list(await asyncio.gather(*(_call(function, args, sample, **kwargs) for sample in samples)))
@@ -66,8 +68,12 @@ def _checked(path: str, rewards: Any, count: int) -> list[Any]:
     return list(rewards)
 
 
+def _max_batch(args: argparse.Namespace) -> int:
+    return 1 if is_deterministic(args) else MAX_MODEL_BATCH
+
+
 @cache
-def _model(path: str, model_path: str | None) -> "_RewardModel":
+def _model(path: str, model_path: str | None, max_batch: int) -> "_RewardModel":
     """The one instance of a reward class in this process."""
     cls = load_function(path, DEFAULT_NAMES)
     if not callable(getattr(cls, "compute_reward", None)):
@@ -75,7 +81,7 @@ def _model(path: str, model_path: str | None) -> "_RewardModel":
     takes_path = len(inspect.signature(cls).parameters) > 0
     if takes_path and model_path is None and _needs_path(cls):
         raise ValueError(f"The reward class {cls.__name__} of {path} is built from --rm-model-path, which is missing.")
-    return _RewardModel(path, cls(model_path) if takes_path else cls())
+    return _RewardModel(path, cls(model_path) if takes_path else cls(), max_batch)
 
 
 def _needs_path(cls: type) -> bool:
@@ -86,9 +92,10 @@ def _needs_path(cls: type) -> bool:
 class _RewardModel:
     """Calls a reward object with as many samples at a time as are waiting."""
 
-    def __init__(self, path: str, model: Any) -> None:
+    def __init__(self, path: str, model: Any, max_batch: int = MAX_MODEL_BATCH) -> None:
         self._path = path
         self._model = model
+        self._max_batch = max_batch
         self._takes_labels = "labels" in inspect.signature(model.compute_reward).parameters
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reward-model")
         self._waiting: list[tuple[Sample, asyncio.Future[Any]]] = []
@@ -105,7 +112,7 @@ class _RewardModel:
     async def _run(self) -> None:
         while self._waiting:
             await asyncio.sleep(0)  # let the samples that are ready now join
-            batch, self._waiting = self._waiting[:MAX_MODEL_BATCH], self._waiting[MAX_MODEL_BATCH:]
+            batch, self._waiting = self._waiting[: self._max_batch], self._waiting[self._max_batch :]
             try:
                 loop = asyncio.get_running_loop()
                 rewards = await loop.run_in_executor(self._thread, self._compute, [sample for sample, _ in batch])

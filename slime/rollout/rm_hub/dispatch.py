@@ -19,10 +19,13 @@ from slime.rollout.rm_hub.plain_answers import answer_tag_reward, last_number_re
 from slime.rollout.rm_hub.reasoning_gym_tasks import PREFIX as REASONING_GYM
 from slime.rollout.rm_hub.reasoning_gym_tasks import compute_reasoning_gym_reward
 from slime.rollout.rm_hub.remote import remote_rm
+from slime.rollout.sampling import is_deterministic
+from slime.utils.misc import sampling_seed
 from slime.utils.types import Sample
 
 BOXED_PREFIX = "boxed_"
 REMOTE = "remote_rm"
+RANDOM = "random"
 
 Grader = Callable[[str, Any, Mapping[str, Any]], Any]
 """(response, label, metadata) -> reward; synchronous, runs in a thread."""
@@ -36,7 +39,7 @@ GRADERS: dict[str, Grader] = {
     "ifbench": compute_ifbench_reward,
     "last_number": lambda response, label, _: last_number_reward(response, label),
     "math": lambda response, label, _: int(grade_answer_verl(response, label)),
-    "random": lambda *_: random.randint(0, 1),
+    RANDOM: lambda *_: random.randint(0, 1),
 }
 
 _threads = ThreadPoolExecutor(max_workers=8, thread_name_prefix="reward")
@@ -95,6 +98,8 @@ async def _built_in(name: str, args: argparse.Namespace, sample: Sample) -> Any:
         response = extract_boxed_answer(response) or ""
     if name == REMOTE:
         return await remote_rm(args, sample, response=response)
+    if name == RANDOM and is_deterministic(args):
+        return sampling_seed("reward", args.rollout_seed, sample.group_index, sample.index, response) % 2
     metadata = sample.metadata if isinstance(sample.metadata, Mapping) else {}
     base, _, task = name.partition(":")
     grade: Callable[[], Any]

@@ -32,6 +32,12 @@ async def fails(args, sample, **kwargs):
     raise KeyError("the reward function broke")
 
 
+async def fails_for_bad_labels(args, sample, **kwargs):
+    if sample.label == "bad":
+        raise KeyError("the reward function broke")
+    return 1.0
+
+
 # ---- filters ----
 
 
