@@ -1,0 +1,90 @@
+"""Kill (or stop) a run's processes at random moments, and compare what comes out with a run that was left in peace.
+
+    python benchmarks/chaos.py [--kills 20] [--seed S] [--keep]
+    python benchmarks/chaos.py --signal STOP [--no-fault-tolerance] [--targets ...] [--phases ...]
+
+A tiny random model runs on two trainer ranks and two engines in deterministic mode: once undisturbed, then under
+attack, started again by the same command line whenever an attack has ended it. Targets, phases and moments are drawn
+from the seed, which is printed. Exits with 1 if the weights, metrics, samples or the ledger differ from the undisturbed
+run's, an error names the wrong process, a process is left over, or a deadline was missed.
+"""
+
+import argparse
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from tests.chaos.attacks import STOPPED, STOPPED_PHASES, Attack, draw_kills, draw_stops, rollouts_needed  # noqa: E402
+from tests.chaos.campaign import Campaign, usual_times  # noqa: E402
+from tests.chaos.judge import differences  # noqa: E402
+from tests.chaos.report import report  # noqa: E402
+from tests.chaos.tiny_run import TinyRun, save_model_and_prompts  # noqa: E402
+
+
+def attack_runs(folder: Path, attacks: Sequence[Attack], run: TinyRun) -> tuple[str, bool]:
+    """The undisturbed run, the attacked one, and the comparison: (report, whether all went as it must)."""
+    peaceful = Campaign(replace(run, folder=folder / "peaceful"), [], {}, say=say)
+    peaceful.carry_out()
+    if peaceful.problems:
+        return report([], peaceful.problems), False
+    usual_s = usual_times(peaceful.run.folder)
+    say("usual times: " + ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in usual_s.items()))
+    campaign = Campaign(run, attacks, usual_s, say=say)
+    campaign.carry_out()
+    problems = [*campaign.problems, *differences(peaceful.run.folder, run.folder, run.num_rollout)]
+    is_right = not problems and not any(outcome.problems for outcome in campaign.outcomes)
+    return report(campaign.outcomes, problems), is_right
+
+
+def say(text: str) -> None:
+    print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True)
+
+
+def main() -> int:
+    """Draw, attack, report; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--signal", choices=("KILL", "STOP"), default="KILL")
+    parser.add_argument("--kills", type=int, default=20, help="how many processes to kill (not read with STOP)")
+    parser.add_argument("--seed", type=int, default=None, help="of targets, phases and moments; default: the time")
+    parser.add_argument("--targets", nargs="+", default=STOPPED, choices=STOPPED, help="what is stopped with STOP")
+    parser.add_argument("--phases", nargs="+", default=STOPPED_PHASES, choices=STOPPED_PHASES, help="when, with STOP")
+    parser.add_argument("--no-fault-tolerance", action="store_true", help="without --use-fault-tolerance")
+    parser.add_argument("--liveness-timeout", type=float, default=None, help="seconds; default: 60, with STOP 15")
+    parser.add_argument("--keep", action="store_true", help="leave the runs' folder where it is")
+    options = parser.parse_args()
+    seed = int(time.time()) if options.seed is None else options.seed
+    if options.signal == "KILL":
+        attacks = draw_kills(options.kills, seed)
+    else:
+        attacks = draw_stops(options.targets, options.phases, seed)
+    for attack in attacks:
+        print(attack)
+    timeout_s = options.liveness_timeout or (60.0 if options.signal == "KILL" else 15.0)
+    folder = Path(tempfile.mkdtemp(prefix="slime_chaos_"))
+    say(f"seed {seed}, {len(attacks)} attacks, folder {folder}")
+    started = time.monotonic()
+    run = TinyRun(
+        folder / "attacked",
+        save_model_and_prompts(folder / "model"),
+        rollouts_needed(attacks),
+        is_fault_tolerant=not options.no_fault_tolerance,
+        liveness_timeout_s=timeout_s,
+    )
+    text, is_right = attack_runs(folder, attacks, run)
+    print(f"\n{text}\n\nseed {seed}, {time.monotonic() - started:.0f} s")
+    if options.keep or not is_right:
+        print(f"runs left in {folder}")
+    else:
+        shutil.rmtree(folder)
+    return 0 if is_right else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
