@@ -11,6 +11,7 @@ run's, an error names the wrong process, a process is left over, or a deadline w
 
 import argparse
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -67,6 +68,7 @@ def main() -> int:
     for attack in attacks:
         print(attack)
     timeout_s = options.liveness_timeout or (60.0 if options.signal == "KILL" else 15.0)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leaving in order ends the run under attack
     folder = Path(tempfile.mkdtemp(prefix="slime_chaos_"))
     say(f"seed {seed}, {len(attacks)} attacks, folder {folder}")
     started = time.monotonic()

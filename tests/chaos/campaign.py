@@ -11,7 +11,7 @@ from typing import Literal
 
 from slime.observability.run_log import read_metrics
 from tests.chaos.attacks import GRADING_CHILD, RECOVERING, START, Attack
-from tests.chaos.processes import LEAVE_S, Driver, Status, is_gone, send, ticks
+from tests.chaos.processes import Driver, Status, is_gone, send, ticks
 from tests.chaos.tiny_run import NAMES, TinyRun
 
 _WATCH_S = 0.005
@@ -31,6 +31,8 @@ class Limits:
     """From the signal to a run that goes on."""
     end: float = 60.0
     """From the signal to the end of the driver."""
+    leave: float = 10.0
+    """From the end of the driver to the end of the last process of its run."""
 
 
 @dataclass
@@ -227,9 +229,9 @@ class Campaign:
             outcome.problems.append(f"no warning names {target}")
 
     def _check_left(self, driver: Driver, problems: list[str]) -> None:
-        left = driver.family.wait_for_end()
+        left = driver.family.wait_for_end(self.limits.leave)
         if left:
-            problems.append(f"still there {LEAVE_S:.0f} s after the driver: {sorted(left.values())}")
+            problems.append(f"still there {self.limits.leave:.0f} s after the driver: {sorted(left.values())}")
 
 
 def is_start(status: Status | None) -> bool:

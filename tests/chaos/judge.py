@@ -15,7 +15,7 @@ def differences(reference: Path, attacked: Path, num_rollout: int) -> list[str]:
     """What differs between two finished runs of `num_rollout` rollouts, in words; nothing when they are the same."""
     return [
         *_of_exports(reference, attacked, num_rollout),
-        *_of_metrics(reference, attacked, num_rollout),
+        *of_metrics(reference, attacked, num_rollout),
         *_of_samples(reference, attacked, num_rollout),
     ]
 
@@ -39,7 +39,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
 
 
-def _of_metrics(reference: Path, attacked: Path, num_rollout: int) -> list[str]:
+def of_metrics(reference: Path, attacked: Path, num_rollout: int) -> list[str]:
     ours, theirs = (read_metrics(run) for run in (reference, attacked))
     steps = [line["step"] for line in theirs if line["step"] >= 0]
     if sorted(steps) != list(range(num_rollout)) or steps != sorted(steps):

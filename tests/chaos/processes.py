@@ -17,9 +17,6 @@ from slime.observability.run_status import STATUS_FILE
 from tests.chaos.attacks import GRADING_CHILD
 from tests.chaos.tiny_run import ROOT
 
-LEAVE_S = 10.0
-"""No process of a run outlives its driver by more."""
-
 
 @dataclass(frozen=True)
 class Status:
@@ -155,7 +152,7 @@ class Family:
         """Those that have not ended, with their command lines; the driver is not among them."""
         return {process: words for process, words in self._seen.items() if is_alive(process)}
 
-    def wait_for_end(self, timeout_s: float = LEAVE_S) -> dict[psutil.Process, str]:
+    def wait_for_end(self, timeout_s: float) -> dict[psutil.Process, str]:
         """Who is still alive after `timeout_s`; returns as soon as nobody is."""
         deadline = time.monotonic() + timeout_s
         while (alive := self.alive()) and time.monotonic() < deadline:
