@@ -1,8 +1,8 @@
 """Asks other processes to grade what may take for ever: SymPy, Math-Verify and reasoning-gym's verifiers.
 
 A worker process is started when it is first needed, answers one question at a time and is killed by the kernel when
-a question takes more than its CPU seconds or memory; the next question then gets a new one. Questions may come from any
-thread.
+a question takes more than its CPU seconds or memory; the next question then gets a new one. A worker that is killed or
+stopped from outside says nothing about the answer: the question is asked again. Questions may come from any thread.
 """
 
 import atexit
@@ -11,6 +11,7 @@ import logging
 import os
 import queue
 import select
+import signal
 import subprocess
 import sys
 import threading
@@ -24,6 +25,8 @@ logger = logging.getLogger(__name__)
 CPU_LIMIT_S = 5.0
 WALL_LIMIT_S = 120.0
 MEMORY_LIMIT_BYTES = 4 << 30
+MAX_LOST_WORKERS = 3
+"""So many workers may be lost over one question; then it counts as too much after all."""
 NUM_WORKERS = max(1, min(4, (os.cpu_count() or 1) // 2))
 
 
@@ -53,8 +56,12 @@ def reasoning_gym_score(task: str, answer: str, entry: dict[str, Any]) -> float:
     return 0.0 if score is None else float(score)
 
 
+class _WorkerLostError(Exception):
+    """A worker ended, or stood still, for a reason that is not the question."""
+
+
 class _Worker:
-    """One child process; `ask` gives its reply, or None when it had to be killed."""
+    """One child process; `ask` gives its reply, or None when the question was too much for it."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
@@ -62,18 +69,26 @@ class _Worker:
     def ask(self, question: dict[str, Any]) -> dict[str, Any] | None:
         process = self._process or self._start()
         assert process.stdin is not None and process.stdout is not None
+        is_silent = False
         try:
             process.stdin.write(json.dumps(question).encode() + b"\n")
             process.stdin.flush()
-            readable, _, _ = select.select([process.stdout], [], [], WALL_LIMIT_S)
-            line = process.stdout.readline() if readable else b""
+            is_silent = not select.select([process.stdout], [], [], WALL_LIMIT_S)[0]
+            line = b"" if is_silent else process.stdout.readline()
         except OSError:
             line = b""
-        if not line.endswith(b"\n"):
-            self.stop()
-            return None
-        reply: dict[str, Any] = json.loads(line)
-        return reply
+        if line.endswith(b"\n"):
+            reply: dict[str, Any] = json.loads(line)
+            return reply
+        if not is_silent:
+            process.wait()  # it closed its end of the pipe only by ending
+        code = process.poll()
+        self.stop()
+        if code is None:
+            raise _WorkerLostError(f"stood still for {WALL_LIMIT_S:.0f} s")
+        if code in _KILLED_FROM_OUTSIDE:
+            raise _WorkerLostError(f"was killed by {signal.Signals(-code).name}")
+        return None
 
     def stop(self) -> None:
         process, self._process = self._process, None
@@ -118,12 +133,22 @@ def stop_workers() -> None:
 atexit.register(stop_workers)
 
 
+_KILLED_FROM_OUTSIDE = tuple(-number for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT))
+"""Exit codes that a question cannot cause by itself: too much CPU time ends by SIGPROF, too much memory by exit."""
+
+
 def _ask(function: str, *arguments: Any) -> Any:
-    worker = _take()
-    try:
-        reply = worker.ask({"function": function, "arguments": arguments})
-    finally:
-        _idle.put(worker)
+    for lost in range(1, MAX_LOST_WORKERS + 1):
+        worker = _take()
+        try:
+            reply = worker.ask({"function": function, "arguments": arguments})
+            break
+        except _WorkerLostError as error:
+            logger.warning("the grading child %s; asking again (%d of %d)", error, lost, MAX_LOST_WORKERS)
+        finally:
+            _idle.put(worker)
+    else:
+        reply = None
     if reply is None:
         _report_kill(function, arguments)
         return None

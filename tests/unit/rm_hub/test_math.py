@@ -1,5 +1,7 @@
 """Mathematical answers: what is equal, what is not, and what nobody may run."""
 
+import os
+import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -286,6 +288,47 @@ def test_a_worker_that_takes_too_long_is_replaced(monkeypatch: pytest.MonkeyPatc
     assert grading_worker.sympy_equal(slow, "x") is None
     assert "was stopped after" in caplog.text
     assert grading_worker.sympy_equal("x+x", "2x") is True
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_worker_that_is_killed_or_stopped_from_outside_costs_no_answer(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    """A reward must not depend on whether the kernel, short of memory, chose the grading child."""
+    monkeypatch.setattr(grading_worker, "NUM_WORKERS", 1)
+    grading_worker.stop_workers()
+    assert grading_worker.sympy_equal("x+x", f"2x+{number.value}") is False  # it has imported what it needs
+    monkeypatch.setattr(grading_worker, "WALL_LIMIT_S", 3.0 if number == signal.SIGSTOP else 120.0)
+    (worker,) = grading_worker._started
+    assert worker._process is not None
+    os.kill(worker._process.pid, number)
+    monkeypatch.setattr(
+        grading_worker._Worker, "_start", with_time_to_start(grading_worker._Worker._start, monkeypatch)
+    )
+    assert grading_worker.sympy_equal("x+x+x", f"3x+{number.value}-{number.value}") is True
+    assert "asking again (1 of 3)" in caplog.text
+
+
+def with_time_to_start(start: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The next worker has all the time that it needs."""
+
+    def start_with_time(worker: Any) -> Any:
+        monkeypatch.setattr(grading_worker, "WALL_LIMIT_S", 120.0)
+        return start(worker)
+
+    return start_with_time
+
+
+def test_an_answer_over_which_every_worker_is_lost_counts_as_wrong(
+    monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    monkeypatch.setattr(grading_worker._Worker, "ask", lose)
+    assert grading_worker.reasoning_gym_score("chain_sum", "never asked before", {}) == 0.0
+    assert caplog.text.count("asking again") == grading_worker.MAX_LOST_WORKERS
+
+
+def lose(*_: Any) -> None:
+    raise grading_worker._WorkerLostError("was killed by SIGKILL")
 
 
 def test_workers_end_when_their_parent_does() -> None:
