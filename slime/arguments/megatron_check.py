@@ -23,14 +23,17 @@ READ = frozenset({
 })  # fmt: skip
 """Attributes of `args` that the trainer or the rollout reads."""
 
-READ_AT_START = frozenset({"recompute_activations"})
+READ_AT_START = frozenset({
+    "num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank", "recompute_activations",
+})  # fmt: skip
 """Those that slime.config turns into others."""
 
 PASSED_ON = frozenset({
     "adam_beta1", "adam_beta2", "adam_eps", "check_for_nan_in_loss_and_grad", "ddp_bucket_size",
     "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers", "decoupled_weight_decay", "hysteresis",
-    "initial_loss_scale", "loss_scale", "loss_scale_window", "min_loss_scale", "overlap_grad_reduce",
-    "overlap_param_gather", "recompute_granularity", "recompute_method", "recompute_num_layers", "sequence_parallel",
+    "initial_loss_scale", "loss_scale", "loss_scale_window", "microbatch_group_size_per_vp_stage", "min_loss_scale",
+    "overlap_grad_reduce", "overlap_param_gather", "recompute_granularity", "recompute_method", "recompute_num_layers",
+    "sequence_parallel", "virtual_pipeline_model_parallel_size",
 })  # fmt: skip
 """Fields of Megatron-core's dataclasses that act where the trainer uses them."""
 
@@ -56,6 +59,7 @@ AS_ALWAYS: dict[str, tuple[Any, ...]] = {
     "lr_decay_style": ("constant", "linear", "cosine", "inverse-square-root"),
     "normalization": ("RMSNorm",),
     "optimizer": ("adam",),
+    "overlap_p2p_comm": (True,),  # of interleaved stages, the only ones that it concerns
     "override_opt_param_scheduler": (True,),
     "position_embedding_type": ("rope",),
     "recompute_modules": (["core_attn"], ["mlp"], ["core_attn", "mlp"]),

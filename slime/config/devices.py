@@ -256,21 +256,40 @@ def share_ranks(config: Config, world_size: int, num_layers: int | None) -> Para
     )
 
 
+_VIRTUAL_STAGES = (
+    "num_layers_per_virtual_pipeline_stage",
+    "num_virtual_stages_per_pipeline_rank",
+    "virtual_pipeline_model_parallel_size",
+)
+"""Three flags that say in how many pieces (virtual stages) a pipeline rank holds its layers."""
+
+
 def _virtual_pipeline(config: Config, pipeline: int, num_layers: int | None) -> int | None:
+    """Virtual stages of each pipeline rank; None where stages are not interleaved."""
     megatron = config.megatron
-    per_stage = megatron.get("num_layers_per_virtual_pipeline_stage")
-    if per_stage is None:
-        size = megatron.get("num_virtual_stages_per_pipeline_rank") or megatron.get(
-            "virtual_pipeline_model_parallel_size"
-        )
-        return size if pipeline > 1 else None
-    layers = (num_layers or 0) // pipeline
-    if pipeline == 1 or not layers or layers % per_stage:
+    said = {f"--{dest.replace('_', '-')}": megatron[dest] for dest in _VIRTUAL_STAGES if megatron.get(dest) is not None}
+    if not said:
+        return None
+    flag, number = next(iter(said.items()))
+    if len(said) > 1:
+        raise ConfigError(f"{' and '.join(said)} say the same thing in several ways; keep one of them")
+    if number < 1:
+        raise ConfigError(f"{flag} is {number}; it must be at least 1, e.g. {flag} 2")
+    if pipeline == 1:
         raise ConfigError(
-            f"--num-layers-per-virtual-pipeline-stage {per_stage} does not divide the {layers} layers of each of "
-            f"{pipeline} pipeline stage(s); it needs a pipeline and a divisor of that"
+            f"{flag} {number} divides the layers of a pipeline stage, but there is no pipeline; drop it, or add "
+            "--pipeline-model-parallel-size 2"
         )
-    return layers // int(per_stage)
+    size = number
+    if flag == "--num-layers-per-virtual-pipeline-stage":
+        layers = (num_layers or 0) // pipeline
+        if not layers or layers % number:
+            raise ConfigError(
+                f"{flag} {number} does not divide the {layers} layers of each of {pipeline} pipeline stages; "
+                "it must be a divisor of that"
+            )
+        size = layers // number
+    return size if size > 1 else None
 
 
 def _next_multiple(number: int, of: int) -> int:

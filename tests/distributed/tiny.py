@@ -1,7 +1,9 @@
 """Tiny random models and rollouts for training tests, made the same on every rank from a seed."""
 
+import random
 from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +60,8 @@ def training_args(folder: Path, **changes: Any) -> Namespace:
     unknown = set(changes) - set(values) - _OTHERS
     assert not unknown, f"misspelt: {unknown}"
     values |= changes
-    fields = {"check_for_nan_in_grad": "check_for_nan_in_loss_and_grad"} | {name: name for name in _MEGATRON_FIELDS}
+    fields = {"check_for_nan_in_grad": "check_for_nan_in_loss_and_grad", "bucket_size": "ddp_bucket_size"}
+    fields |= {name: name for name in _MEGATRON_FIELDS}
     dests = {field: dest for field, dest in fields.items() if values.get(dest) is not None}
     return Namespace(**values, megatron_field_dests=dests)
 
@@ -67,8 +70,8 @@ _MEGATRON_FIELDS = (
     "optimizer", "lr", "min_lr", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad",
     "use_distributed_optimizer", "calculate_per_token_loss", "tensor_model_parallel_size", "sequence_parallel",
     "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size", "overlap_grad_reduce",
-    "overlap_param_gather", "recompute_granularity", "recompute_method", "recompute_num_layers", "batch_p2p_comm",
-    "overlap_p2p_comm",
+    "overlap_param_gather", "recompute_granularity", "recompute_method", "recompute_num_layers", "deterministic_mode",
+    "microbatch_group_size_per_vp_stage",
 )  # fmt: skip
 """Attributes that are fields of Megatron's dataclasses: what `parse_args` records in `megatron_field_dests`."""
 
@@ -78,7 +81,8 @@ _OTHERS = {
     "custom_megatron_before_log_prob_hook_path", "custom_megatron_init_path", "rollout_data_postprocess_path",
     "check_for_nan_in_loss_and_grad", "finetune", "no_load_optim", "no_save_optim", "start_rollout_id",
     "recompute_granularity", "recompute_method", "recompute_num_layers", "virtual_pipeline_model_parallel_size",
-    "batch_p2p_comm", "overlap_p2p_comm", "data_pad_size_multiplier", "no_load_rng",
+    "data_pad_size_multiplier", "no_load_rng", "deterministic_mode", "microbatch_group_size_per_vp_stage",
+    "ddp_bucket_size",
 }  # fmt: skip
 
 
@@ -89,6 +93,8 @@ def rollout(
     seed: int = 0,
     response_lengths: Sequence[int] | None = None,
     rollout_log_probs: bool = True,
+    longest_prompt: int = 11,
+    longest_response: int = 13,
 ) -> dict[str, Any]:
     """Train data of a rollout: groups with a common prompt, responses of unequal length, some tokens masked."""
     generator = torch.Generator().manual_seed(seed)
@@ -97,9 +103,9 @@ def rollout(
         return torch.randint(low, high, shape or (1,), generator=generator)
 
     count = num_groups * samples_per_group
-    prompts = [integers(0, VOCAB, int(integers(3, 12))) for _ in range(num_groups)]
+    prompts = [integers(0, VOCAB, int(integers(3, longest_prompt + 1))) for _ in range(num_groups)]
     if response_lengths is None:
-        response_lengths = [int(integers(1, 14)) for _ in range(count)]
+        response_lengths = [int(integers(1, longest_response + 1)) for _ in range(count)]
     responses = [integers(0, VOCAB, length) for length in response_lengths]
     masks = [(torch.rand(length, generator=generator) > 0.2).int().tolist() for length in response_lengths]
     data: dict[str, Any] = {
@@ -118,6 +124,73 @@ def rollout(
         noise = [torch.randn(length, generator=generator) * 0.1 - 5 for length in response_lengths]
         data["rollout_log_probs"] = [values.tolist() for values in noise]
     return data
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, how it is trained, and two rollouts of one optimizer step each, drawn from a seed.
+
+    Every layout of 2 x 2 x 2 ranks can train it, with two virtual stages a pipeline rank as well.
+    """
+
+    seed: int
+    model_type: str
+    shape: dict[str, Any]
+    changes: dict[str, Any]
+    rollouts: list[dict[str, Any]]
+
+    def save(self, folder: Path) -> Path:
+        return save_hf_model(folder, self.model_type, seed=self.seed, **self.shape)
+
+    def args(self, folder: Path, **changes: Any) -> Namespace:
+        """`changes` is where the layout comes in."""
+        shape = self.shape
+        ours: dict[str, Any] = dict(
+            num_layers=shape["num_hidden_layers"], hidden_size=shape["hidden_size"],
+            ffn_hidden_size=shape["intermediate_size"], num_attention_heads=shape["num_attention_heads"],
+            num_query_groups=shape["num_key_value_heads"], kv_channels=shape["head_dim"],
+        )  # fmt: skip
+        return training_args(folder, **(ours | self.changes | changes))
+
+    def __str__(self) -> str:
+        return f"seed {self.seed}: {self.model_type} {self.shape}, {self.changes}"
+
+
+def random_case(seed: int) -> Case:
+    """Any family, tied or not, any numbers of heads, layers and tokens, packed in any way."""
+    draw = random.Random(seed)
+    groups, head_dim = draw.choice([2, 4]), draw.choice([4, 8, 12])
+    heads = groups * draw.choice([1, 2, 3])
+    model_type = draw.choice(["llama", "qwen2", "qwen3"])
+    shape = dict(
+        num_hidden_layers=draw.choice([4, 8]),
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        head_dim=head_dim,
+        hidden_size=draw.choice([16, 24, 40]) if model_type == "qwen3" else heads * head_dim,
+        intermediate_size=2 * draw.randint(8, 40),
+        tie_word_embeddings=draw.random() < 0.5,
+    )
+    packing: dict[str, Any] = dict(micro_batch_size=draw.choice([1, 2]))
+    if draw.random() < 0.5:
+        packing = dict(use_dynamic_batch_size=True, max_tokens_per_gpu=draw.randint(20, 120))
+        packing["balance_by_flops"] = draw.random() < 0.5
+    samples_per_group = draw.choice([1, 2, 4])
+    changes = packing | dict(
+        balance_data=draw.random() < 0.5,
+        share_group_prompts=draw.random() < 0.7,
+        calculate_per_token_loss=draw.random() < 0.5,
+        use_kl_loss=(uses_kl := draw.random() < 0.5),
+        kl_loss_coef=0.1 if uses_kl else 0.0,
+        n_samples_per_prompt=samples_per_group,
+        rollout_batch_size=8 // samples_per_group,
+    )
+    sizes = dict(longest_prompt=draw.choice([4, 12, 40]), longest_response=draw.choice([3, 16, 60]))
+    rollouts = [
+        rollout(num_groups=8 // samples_per_group, samples_per_group=samples_per_group, seed=seed + i, **sizes)
+        for i in range(2)
+    ]
+    return Case(seed, model_type, shape, changes, rollouts)
 
 
 def train(args: Namespace, rank: int, world_size: int, port: int, rollouts: Sequence[dict[str, Any]]) -> dict[str, Any]:

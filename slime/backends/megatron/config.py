@@ -58,6 +58,12 @@ def transformer_config(args: Namespace, shape: ModelShape) -> TransformerConfig:
     given = _given(args, TransformerConfig)
     if "attention_backend" in given:
         given["attention_backend"] = AttnBackend[given["attention_backend"]]
+    if given.get("virtual_pipeline_model_parallel_size"):
+        # Of two ranks each is both neighbours of the other, and batched messages of the two directions get mixed up.
+        ours |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
+        # Megatron then frees an output before it has waited for its sending. A CUDA stream keeps the order; gloo would
+        # send what has come into that memory since.
+        ours["deallocate_pipeline_outputs"] = torch.device(torch.cuda.current_device()).type != "cpu"
     return TransformerConfig(**(given | ours))
 
 

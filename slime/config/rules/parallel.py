@@ -51,6 +51,48 @@ def layers_divide_by_pipeline(config: Config) -> None:
         )
 
 
+def virtual_stages_take_equal_shares(config: Config) -> None:
+    """Interleaved: every rank cuts its layers into as many equal pieces, and passes micro-batches on in groups."""
+    megatron = config.megatron
+    stages, layers = megatron.get("pipeline_model_parallel_size") or 1, _shape(config, "num_layers")
+    first, last = (megatron.get(f"decoder_{end}_pipeline_num_layers") for end in ("first", "last"))
+    pieces = megatron.get("num_virtual_stages_per_pipeline_rank") or megatron.get(
+        "virtual_pipeline_model_parallel_size"
+    )
+    if megatron.get("num_layers_per_virtual_pipeline_stage") is not None and (first or last):
+        raise ConfigError(
+            "--num-layers-per-virtual-pipeline-stage is for stages of equal size; with --decoder-first-pipeline-"
+            "num-layers or --decoder-last-pipeline-num-layers give --num-virtual-stages-per-pipeline-rank instead"
+        )
+    if pieces and pieces > 1 and stages > 1 and layers:
+        _check_shares(stages, layers, first, last, pieces)
+    group = megatron.get("microbatch_group_size_per_vp_stage")
+    if group is not None and not (pieces or megatron.get("num_layers_per_virtual_pipeline_stage")):
+        raise ConfigError(
+            f"--microbatch-group-size-per-vp-stage {group} is for interleaved pipeline stages; drop it, or add "
+            "--num-virtual-stages-per-pipeline-rank 2"
+        )
+    if group is not None and group < stages:
+        raise ConfigError(
+            f"--microbatch-group-size-per-vp-stage {group} is below --pipeline-model-parallel-size {stages}: the "
+            f"pipeline could not be filled; use {stages} or more"
+        )
+
+
+def _check_shares(stages: int, layers: int, first: int | None, last: int | None, pieces: int) -> None:
+    """Every stage's layers divide by the number of its pieces."""
+    ends = [share for share in (first, last) if share]
+    middle = stages - len(ends)
+    shares = ends + ([(layers - sum(ends)) // middle] if middle else [])
+    uneven = [share for share in shares if share % pieces]
+    if uneven:
+        raise ConfigError(
+            f"a pipeline stage of {uneven[0]} layers cannot be cut into {pieces} equal virtual stages "
+            "(--num-virtual-stages-per-pipeline-rank or --virtual-pipeline-model-parallel-size); use "
+            f"{max(d for d in range(1, pieces + 1) if all(share % d == 0 for share in shares))}, or other stages"
+        )
+
+
 def context_parallel_gathers_sparse_attention_only(config: Config) -> None:
     """A contiguous split of the context is implemented for sparse attention."""
     context = config.megatron.get("context_parallel_size") or 1
@@ -124,6 +166,7 @@ RULES = (
     sizes_are_positive,
     heads_divide_by_tensor_parallel,
     layers_divide_by_pipeline,
+    virtual_stages_take_equal_shares,
     context_parallel_gathers_sparse_attention_only,
     one_half_precision,
     full_recomputation_is_complete,

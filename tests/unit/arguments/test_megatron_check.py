@@ -32,7 +32,7 @@ def test_the_flags_that_count_as_read_are_those_that_the_source_reads() -> None:
 
 
 def test_what_is_read_at_the_start_is_read_by_slimes_configuration() -> None:
-    text = (PACKAGE / "config" / "megatron.py").read_text()
+    text = "".join((PACKAGE / "config" / file).read_text() for file in ("megatron.py", "rules/parallel.py"))
     assert all(f'megatron.get("{dest}")' in text for dest in READ_AT_START)
 
 

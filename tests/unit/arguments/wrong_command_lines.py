@@ -236,6 +236,28 @@ WRONG_COMMAND_LINES = (
           "--tensor-model-parallel-size 3 --actor-num-gpus-per-node 3", "--tensor-model-parallel-size", "is 2"),
     Wrong("stages that do not divide the layers", "--pipeline-model-parallel-size 3 --actor-num-gpus-per-node 3",
           "--pipeline-model-parallel-size", "--decoder-first-pipeline-num-layers"),
+    Wrong("virtual stages that do not divide a stage", "--pipeline-model-parallel-size 2 --actor-num-gpus-per-node 2 "
+          "--num-virtual-stages-per-pipeline-rank 3", "--num-virtual-stages-per-pipeline-rank", "use 2"),
+    Wrong("layers of a virtual stage that do not divide a stage", "--pipeline-model-parallel-size 2 "
+          "--actor-num-gpus-per-node 2 --num-layers-per-virtual-pipeline-stage 3",
+          "--num-layers-per-virtual-pipeline-stage 3", "a divisor of that"),
+    Wrong("virtual stages without a pipeline", "--num-virtual-stages-per-pipeline-rank 2",
+          "--num-virtual-stages-per-pipeline-rank 2", "--pipeline-model-parallel-size 2"),
+    Wrong("virtual stages said twice", "--pipeline-model-parallel-size 2 --actor-num-gpus-per-node 2 "
+          "--num-virtual-stages-per-pipeline-rank 1 --virtual-pipeline-model-parallel-size 1",
+          "--virtual-pipeline-model-parallel-size", "keep one of them"),
+    Wrong("no virtual stage", "--pipeline-model-parallel-size 2 --actor-num-gpus-per-node 2 "
+          "--num-virtual-stages-per-pipeline-rank 0", "--num-virtual-stages-per-pipeline-rank is 0",
+          "--num-virtual-stages-per-pipeline-rank 2"),
+    Wrong("layers of a virtual stage beside stages of their own size", "--pipeline-model-parallel-size 2 "
+          "--actor-num-gpus-per-node 2 --num-layers-per-virtual-pipeline-stage 1 --decoder-first-pipeline-num-layers 1",
+          "--num-layers-per-virtual-pipeline-stage", "--num-virtual-stages-per-pipeline-rank"),
+    Wrong("groups of micro-batches without virtual stages", "--pipeline-model-parallel-size 2 "
+          "--actor-num-gpus-per-node 2 --microbatch-group-size-per-vp-stage 2",
+          "--microbatch-group-size-per-vp-stage 2", "--num-virtual-stages-per-pipeline-rank 2"),
+    Wrong("groups of micro-batches that do not fill the pipeline", "--pipeline-model-parallel-size 2 "
+          "--actor-num-gpus-per-node 2 --num-virtual-stages-per-pipeline-rank 1 "
+          "--microbatch-group-size-per-vp-stage 1", "--microbatch-group-size-per-vp-stage 1", "use 2 or more"),
     Wrong("fp16 on a CPU", "--fp16", "--fp16", "drop the flag"),
     Wrong("turns in the asynchronous loop", "--colocate", "--colocate", "use train.py", loop="async"),
     Wrong("full recomputation without its blocks", "--recompute-granularity full", "--recompute-granularity",
@@ -376,8 +398,6 @@ WRONG_COMMAND_LINES = (
     Wrong("a router of experts", "--moe-router-topk 8", "--moe-router-topk 8", "mixtures of experts"),
     Wrong("latent attention", "--multi-latent-attention", "--multi-latent-attention", "choose another model"),
     Wrong("a setting of latent attention", "--q-lora-rank 1536", "--q-lora-rank 1536", "latent attention"),
-    Wrong("interleaved pipeline stages", "--num-virtual-stages-per-pipeline-rank 2 --actor-num-gpus-per-node 2 "
-          "--pipeline-model-parallel-size 2", "--num-virtual-stages-per-pipeline-rank 2", "leave it out"),
     Wrong("dropout in the layers", "--hidden-dropout 0.1", "--hidden-dropout 0.1", "--hidden-dropout 0.0"),
     Wrong("dropout in the attention", "--attention-dropout 0.1", "--attention-dropout 0.1", "leave the flag out"),
     Wrong("training in fp8", "--fp8-format e4m3", "--fp8-format e4m3", "leave it out"),
