@@ -9,6 +9,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from slime.observability.run_status import ProcessInfo
 from slime.ray import cluster
 from slime.ray.engines import EngineRecord
+from slime.ray.liveness import THREADS
 from slime.ray.train_actor import TrainRayActor
 from slime.ray.utils import thread_env
 from slime.ray.waiting import wait_for
@@ -61,7 +62,9 @@ class RayTrainGroup:
                 **share,
             }
             self._actors.append(
-                ray.remote(TrainRayActor).options(**options).remote(self._args, rank, world_size, self._role)
+                ray.remote(concurrency_groups=THREADS)(TrainRayActor)
+                .options(**options)
+                .remote(self._args, rank, world_size, self._role)
             )
         ((host, port),) = wait_for(
             {self._name(0): self._actors[0].get_master_addr_and_port.remote()},
@@ -70,9 +73,15 @@ class RayTrainGroup:
         )
         start_ids = self._call("init", host, port, what="load the model")
         if rollout_manager is not None:
-            config = ray.get(self._actors[0].parallel_config.remote())
-            ray.get(rollout_manager.set_train_parallel_config.remote(config))
+            (config,) = wait_for({self._name(0): self._actors[0].parallel_config.remote()}, "tell its layout")
+            wait_for(
+                {"the rollout manager": rollout_manager.set_train_parallel_config.remote(config)}, "take the layout"
+            )
         return start_ids
+
+    def actors(self) -> dict[str, Any]:
+        """Name -> actor of each rank."""
+        return {self._name(rank): actor for rank, actor in enumerate(self._actors)}
 
     def processes(self) -> list[ProcessInfo]:
         """One process a rank."""
@@ -95,6 +104,10 @@ class RayTrainGroup:
         )[0]
         self._version += 1
         return report
+
+    def send_weights_again(self) -> None:
+        """Give engines that were started again the version that the others have."""
+        self._call("update_weights", self._version, what=f"sync weights version {self._version} to restarted engines")
 
     def save_model(self, rollout_id: int) -> None:
         self._call(

@@ -1,26 +1,33 @@
-"""Engine processes on their devices and the router before them."""
+"""Engine processes on their devices and the router before them: started, watched, and started again when one dies."""
 
+import contextlib
 import logging
-import os
 import shutil
+import threading
 from argparse import Namespace
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from slime.backends.base import EngineClient, EngineSpec
-from slime.backends.sglang.client import SGLangClient
+from slime.backends.base import EngineSpec
 from slime.backends.sglang.router import RouterClient, router_command
 from slime.observability.run_status import ProcessInfo
 from slime.ray import cluster
+from slime.ray.engine_actor import EngineActor, EngineRecord
+from slime.ray.health import HealthMonitor
+from slime.ray.liveness import THREADS, Liveness
 from slime.ray.waiting import wait_for
 from slime.utils.processes import ServerProcess, free_port
+from slime.weight_sync.base import EngineError
 from slime.weight_sync.sync import on_each
 from slime.weight_sync.transports import shared_memory_folder
+
+__all__ = ["EngineRecord", "Engines"]
 
 logger = logging.getLogger(__name__)
 
@@ -28,175 +35,227 @@ _DEVICE_SHARE = 0.2  # of a device; a trainer on the same device takes more
 _START_TIMEOUT_S = {"embedded": 300.0, "sglang": 900.0}
 _ROUTER_TIMEOUT_S = 60.0
 _REGISTER_TIMEOUT_S = 120.0
-_STOP_TIMEOUT_S = 10.0
+_STOP_TIMEOUT_S = 5.0
+_ASK_TIMEOUT_S = 5.0
+_ROUTER = "router"
 
 
-@dataclass(frozen=True)
-class EngineRecord:
-    """How other processes reach one engine."""
+@dataclass
+class _Slot:
+    """The place of one engine; what runs there may be replaced."""
 
-    name: str
-    url: str
-    kind: str
-    """`embedded` or `sglang`."""
-    num_devices: int
-    weights_dir: str
-    """Folder through which a trainer on the same host hands over weights."""
+    spec: EngineSpec
+    actor: Any
+    record: EngineRecord | None = None
+    """None until it is healthy."""
+    is_admitted: bool = False
+    """Whether the router sends it requests."""
+    death: str | None = None
+    """How what runs here was lost; None while it serves."""
 
-    def client(self) -> EngineClient:
-        return SGLangClient(self.url, name=self.name)
+    @property
+    def name(self) -> str:
+        return self.spec.name
 
-
-class EngineActor:
-    """Owns one engine process on the node where its devices are; carries no request."""
-
-    def __init__(self, args: Namespace, spec: EngineSpec) -> None:
-        self._args, self._spec = args, spec
-        self._process: ServerProcess | None = None
-
-    def start(self) -> EngineSpec:
-        """Start the server; returns the spec with the host and port it was given. Does not wait."""
-        host = "127.0.0.1" if self._spec.device == "cpu" else ray.util.get_node_ip_address()
-        self._spec = replace(self._spec, host=host, port=free_port(host), nccl_port=free_port(host))
-        argv, env = _server_command(self._args)(self._args, self._spec)
-        self._process = ServerProcess(self._spec.name, argv, env, self._spec.log_path)
-        self._process.start()
-        return self._spec
-
-    def wait_until_healthy(self, timeout_s: float) -> None:
-        """Block until the server answers; its death or silence is an error with its last log lines."""
-        self._started().wait_until_healthy(f"{self._spec.url}/health", timeout_s)
-
-    def how_it_ended(self) -> str | None:
-        """None while the server runs; else its exit code and its last log lines."""
-        process = self._started()
-        code = process.poll()
-        return None if code is None else f"exit code {code}\n{process.log_tail(20)}"
-
-    def processes(self) -> list[ProcessInfo]:
-        """This actor and, while it runs, its server."""
-        owner = ProcessInfo(f"owner of {self._spec.name}", "owner", os.getpid())
-        server = self._process.server_pid if self._process is not None else None
-        return [owner] if server is None else [ProcessInfo(self._spec.name, "engine", server), owner]
-
-    def stop(self) -> None:
-        if self._process is not None:
-            self._process.terminate(_STOP_TIMEOUT_S)
-
-    def _started(self) -> ServerProcess:
-        if self._process is None:
-            raise RuntimeError(f"{self._spec.name} was not started.")
-        return self._process
-
-
-def _server_command(
-    args: Namespace,
-) -> Callable[[Namespace, EngineSpec], tuple[list[str], dict[str, str]]]:
-    if args.rollout_engine == "embedded":
-        from slime.backends.embedded.launch import server_command
-    else:
-        from slime.backends.sglang.launch import server_command
-    return server_command
+    @property
+    def owner(self) -> str:
+        return f"owner of {self.spec.name}"
 
 
 class Engines:
-    """All engines of a run and their router, from start to stop; lives in the rollout manager."""
+    """All engines of a run and their router, from start to stop; lives in the rollout manager.
+
+    Methods may be called from several threads.
+    """
 
     def __init__(self, args: Namespace, devices: Any) -> None:
-        self._args = args
+        self._args, self._devices = args, devices
         self._weights_dir = shared_memory_folder()
-        self._actors = [self._place(spec, devices) for spec in self._specs(devices)]
-        self._starting: dict[str, Any] = {}
+        self._liveness = Liveness("the rollout manager", args.liveness_timeout)
+        self._health = HealthMonitor(
+            interval_s=args.rollout_health_check_interval,
+            timeout_s=args.rollout_health_check_timeout,
+            first_wait_s=args.rollout_health_check_first_wait,
+        )
+        self._slots = [_Slot(spec, self._place(spec)) for spec in self._specs()]
         self._router: ServerProcess | None = None
         self._router_url = ""
-        self.records: list[EngineRecord] = []
+        self._router_silence: str | None = None
+        self._lock = threading.RLock()
+        self._starting: dict[str, Any] = {}
+
+    @property
+    def records(self) -> list[EngineRecord]:
+        """The engines that serve, or will once they have the weights."""
+        return [slot.record for slot in self._slots if slot.record is not None and slot.death is None]
+
+    # ---- start ----
 
     def launch(self) -> None:
         """Start router and engines, all at once; `wait_until_ready` follows.
 
         Sets `args.sglang_router_ip` and `args.sglang_router_port`.
         """
-        self._starting = {f"engine {index}": actor.start.remote() for index, actor in enumerate(self._actors)}
+        self._liveness.start()
+        self._starting = {slot.name: slot.actor.start.remote() for slot in self._slots}
         self._router_url = self._start_router()
 
     def wait_until_ready(self) -> None:
         """Wait until all engines are healthy, and register them with the router."""
-        timeout_s = _START_TIMEOUT_S[self._args.rollout_engine]
-        specs = wait_for(self._starting, "start", timeout_s)
-        router_url = self._router_url
-        healthy = {
-            spec.name: actor.wait_until_healthy.remote(timeout_s)
-            for spec, actor in zip(specs, self._actors, strict=True)
-        }
-        wait_for(healthy, "answer", timeout_s + 30)
-        self.records = [
-            EngineRecord(
-                spec.name,
-                spec.url,
-                self._args.rollout_engine,
-                spec.num_devices,
-                str(spec.weights_dir),
-            )
-            for spec in specs
-        ]
-        if self._router is not None:
-            self._router.wait_until_healthy(f"{router_url}/liveness", _ROUTER_TIMEOUT_S)
-        router = RouterClient(router_url)
-        for record in self.records:
-            router.add_worker(record.url, timeout_s=_REGISTER_TIMEOUT_S)
+        self._wait_until_healthy(self._slots, self._starting)
+        self._wait_for_router()
+        self.admit()
         logger.info(
             "%d engine(s) behind %s: %s",
-            len(specs),
-            router_url,
+            len(self._slots),
+            self._router_url,
             ", ".join(record.url for record in self.records),
         )
 
+    def _wait_until_healthy(self, slots: list[_Slot], starting: dict[str, Any]) -> None:
+        timeout_s = _START_TIMEOUT_S[self._args.rollout_engine]
+        specs = wait_for(starting, "start", timeout_s)
+        healthy = {slot.name: slot.actor.wait_until_healthy.remote(timeout_s) for slot in slots}
+        wait_for(healthy, "answer", timeout_s + 30)
+        for slot, spec in zip(slots, specs, strict=True):
+            slot.spec, slot.is_admitted, slot.death = spec, False, None
+            slot.record = EngineRecord(
+                spec.name, spec.url, self._args.rollout_engine, spec.num_devices, str(spec.weights_dir)
+            )
+            self._health.watch(slot.name, f"{spec.url}/health", partial(self._give_up_engine, slot))
+
+    def admit(self) -> None:
+        """Let the router send requests to every engine that serves and that it does not know yet."""
+        with self._lock:
+            router = RouterClient(self._router_url)
+            for slot in self._slots:
+                if slot.record is not None and slot.death is None and not slot.is_admitted:
+                    router.add_worker(slot.record.url, timeout_s=_REGISTER_TIMEOUT_S)
+                    slot.is_admitted = True
+            router.close()
+
+    # ---- watch ----
+
     def dead(self) -> list[str]:
-        """One text for each server that has died: its name, address and last log lines."""
-        texts = []
-        if self._router is not None and (code := self._router.poll()) is not None:
-            texts.append(f"The router ({self._router_url}) died with exit code {code}:\n{self._router.log_tail(20)}")
-        ended = ray.get([actor.how_it_ended.remote() for actor in self._actors])
-        texts += [
-            f"{record.name} ({record.url}) died: {text}"
-            for record, text in zip(self.records, ended, strict=False)
-            if text is not None
-        ]
-        return texts
+        """One text for each server that is lost: its name, address, how it ended and its last log lines.
+
+        A lost engine is taken out of the router at once.
+        """
+        with self._lock:
+            texts = [text for text in [self._router_death()] if text is not None]
+            self._find_lost_owners()
+            self._find_ended_servers()
+            for slot in self._slots:
+                if slot.death is not None:
+                    self._withdraw(slot)
+                    texts.append(slot.death)
+            return texts
+
+    def _find_lost_owners(self) -> None:
+        lost = self._liveness.lost()
+        for slot in self._slots:
+            if slot.death is None and slot.owner in lost:
+                slot.death = f"{slot.name} ended with its owner: {lost[slot.owner]}"
+
+    def _find_ended_servers(self) -> None:
+        asked = {slot.actor.how_it_ended.remote(): slot for slot in self._slots if slot.death is None and slot.record}
+        answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=_ASK_TIMEOUT_S) if asked else ([], [])
+        for ref in answered:
+            slot = asked[ref]
+            with contextlib.suppress(RayError):  # its owner is gone: liveness tells
+                if (how := ray.get(ref)) is not None and slot.record is not None:
+                    slot.death = f"{slot.name} ({slot.record.url}) {how}"
+
+    def _give_up_engine(self, slot: _Slot, reason: str) -> None:
+        """It is silent: end it, so that whoever waits for it hears of it."""
+        assert slot.record is not None
+        with contextlib.suppress(RayError):
+            tail = ray.get(slot.actor.log_tail.remote(), timeout=_ASK_TIMEOUT_S)
+            slot.death = f"{slot.name} ({slot.record.url}) {reason} and was killed.\nLast lines of its log:\n{tail}"
+            ray.get(slot.actor.kill.remote(), timeout=_ASK_TIMEOUT_S)
+
+    def _withdraw(self, slot: _Slot) -> None:
+        self._health.forget(slot.name)
+        if slot.record is None or not slot.is_admitted:
+            return
+        slot.is_admitted = False
+        with contextlib.suppress(EngineError):  # a router that is gone knows no engine
+            RouterClient(self._router_url, timeout_s=_ASK_TIMEOUT_S).remove_worker(slot.record.url, _ASK_TIMEOUT_S)
+
+    def _router_death(self) -> str | None:
+        if self._router is None:
+            return None
+        how = self._router_silence or self._router.how_it_ended()
+        return None if how is None else f"The router ({self._router_url}) {how}"
+
+    # ---- start again ----
+
+    def restart_dead(self) -> list[EngineRecord]:
+        """Start every lost server again; returns the engines, which get no request before `admit`.
+
+        They serve the weights of --hf-checkpoint until they are given the current ones.
+        """
+        with self._lock:
+            if self._router_death() is not None:
+                self._restart_router()
+            slots = [slot for slot in self._slots if slot.death is not None]
+            for slot in slots:
+                self._withdraw(slot)
+                if slot.owner in self._liveness.lost():
+                    self._liveness.kill(slot.owner)
+                    slot.actor = self._place(slot.spec)
+            self._wait_until_healthy(slots, {slot.name: slot.actor.start.remote() for slot in slots})
+            return [slot.record for slot in slots if slot.record is not None]
+
+    def _restart_router(self) -> None:
+        assert self._router is not None
+        self._health.forget(_ROUTER)
+        self._router.terminate(0.5)
+        self._router.start()
+        self._router_silence = None
+        self._wait_for_router()
+        for slot in self._slots:
+            slot.is_admitted = False
+        self.admit()
+
+    # ---- what all engines do ----
 
     def processes(self) -> list[ProcessInfo]:
         """Engines with their owners, and the router if it was started here."""
-        found = wait_for({f"owner {i}": a.processes.remote() for i, a in enumerate(self._actors)}, "tell its pid", 60)
+        found = wait_for({slot.owner: slot.actor.processes.remote() for slot in self._slots}, "tell its pid", 60)
         router = self._router.server_pid if self._router is not None else None
-        routers = [] if router is None else [ProcessInfo("router", "router", router)]
+        routers = [] if router is None else [ProcessInfo(_ROUTER, "router", router)]
         return [process for processes in found for process in processes] + routers
+
+    def pause(self) -> None:
+        """End all requests, and begin none."""
+        on_each([record.client() for record in self.records], lambda engine: engine.pause("abort"))
 
     def release_memory(self) -> None:
         """Give back weights and caches of every engine."""
-        on_each(
-            [record.client() for record in self.records],
-            lambda engine: engine.release_memory(),
-        )
+        on_each([record.client() for record in self.records], lambda engine: engine.release_memory())
 
     def resume_memory(self, tags: list[str]) -> None:
         """Take memory back; weights hold nothing until the next sync."""
-        on_each(
-            [record.client() for record in self.records],
-            lambda engine: engine.resume_memory(tags),
-        )
+        on_each([record.client() for record in self.records], lambda engine: engine.resume_memory(tags))
 
     def stop(self) -> None:
         """End every process that was started here."""
-        for actor in self._actors:
-            ray.get(actor.stop.remote())
-            ray.kill(actor)
+        self._health.close()
+        self._liveness.close()
+        stopping = [slot.actor.stop.remote() for slot in self._slots]
+        ray.wait(stopping, num_returns=len(stopping), timeout=2 * _STOP_TIMEOUT_S) if stopping else None
+        for slot in self._slots:
+            ray.kill(slot.actor)
         if self._router is not None:
             self._router.terminate(_STOP_TIMEOUT_S)
-        self._actors = []
+        self._slots = []
         shutil.rmtree(self._weights_dir, ignore_errors=True)
 
-    def _specs(self, devices: Any) -> list[EngineSpec]:
-        args = self._args
+    # ---- one engine, one router ----
+
+    def _specs(self) -> list[EngineSpec]:
+        args, devices = self._args, self._devices
         per_engine = args.rollout_num_gpus_per_engine
         dtype = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
         return [
@@ -217,20 +276,22 @@ class Engines:
             for index in range(len(devices.bundles) // per_engine)
         ]
 
-    def _place(self, spec: EngineSpec, devices: Any) -> Any:
+    def _place(self, spec: EngineSpec) -> Any:
         resource = cluster.device_resource(self._args)
         share = {"num_gpus": _DEVICE_SHARE} if resource == "GPU" else {"resources": {resource: _DEVICE_SHARE}}
         strategy = PlacementGroupSchedulingStrategy(
-            placement_group=devices.group,
-            placement_group_bundle_index=devices.bundles[spec.index * spec.num_devices],
+            placement_group=self._devices.group,
+            placement_group_bundle_index=self._devices.bundles[spec.index * spec.num_devices],
         )
-        options = {
+        options: dict[str, Any] = {
             "num_cpus": _DEVICE_SHARE,
             "max_concurrency": 4,
             "scheduling_strategy": strategy,
             **share,
         }
-        return ray.remote(EngineActor).options(**options).remote(self._args, spec)
+        actor = ray.remote(concurrency_groups=THREADS)(EngineActor).options(**options).remote(self._args, spec)
+        self._liveness.watch(f"owner of {spec.name}", actor)
+        return actor
 
     def _start_router(self) -> str:
         args = self._args
@@ -240,8 +301,20 @@ class Engines:
         host = "127.0.0.1" if args.device == "cpu" else ray.util.get_node_ip_address()
         port = getattr(args, "sglang_router_port", None) or free_port(host)
         argv, env = router_command(args, host, port, free_port(host))
-        self._router = ServerProcess("router", argv, env, Path(args.run_dir) / "logs" / "router.log")
+        self._router = ServerProcess(_ROUTER, argv, env, Path(args.run_dir) / "logs" / "router.log")
         self._router.start()
         args.sglang_router_ip, args.sglang_router_port = host, port
         args.sglang_model_routers = {"default": (host, port)}
         return f"http://{host}:{port}"
+
+    def _wait_for_router(self) -> None:
+        if self._router is None:
+            return
+        url = f"{self._router_url}/liveness"
+        self._router.wait_until_healthy(url, _ROUTER_TIMEOUT_S)
+        self._health.watch(_ROUTER, url, self._give_up_router)
+
+    def _give_up_router(self, reason: str) -> None:
+        assert self._router is not None
+        self._router_silence = f"{reason} and was killed.\nLast lines of its log:\n{self._router.log_tail()}"
+        self._router.terminate(0.5)

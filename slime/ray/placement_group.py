@@ -20,8 +20,9 @@ from slime.ray.waiting import RemoteError, wait_for
 
 logger = logging.getLogger(__name__)
 
+_MANAGER = "the rollout manager"
 _PLACEMENT_TIMEOUT_S = 60.0
-_DISPOSE_TIMEOUT_S = 60.0
+_DISPOSE_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -99,13 +100,13 @@ def create_rollout_manager(args: Namespace, devices: Devices) -> tuple[Any, int 
 
     Resolves `args.num_rollout` where only --num-epoch was given.
     """
-    manager = RolloutManager.options(num_cpus=1, num_gpus=0, max_concurrency=4).remote(args, devices)
+    manager = RolloutManager.options(num_cpus=1, num_gpus=0, max_concurrency=8).remote(args, devices)
     try:
-        wait_for({"the rollout manager": manager.start.remote()}, "start engines and load prompts")
+        wait_for({_MANAGER: manager.start.remote()}, "start engines and load prompts")
     except BaseException:
         dispose(manager)
         raise
-    num_rollout_per_epoch = ray.get(manager.get_num_rollout_per_epoch.remote())
+    (num_rollout_per_epoch,) = wait_for({_MANAGER: manager.get_num_rollout_per_epoch.remote()}, "count its prompts")
     if args.num_rollout is None:
         args.num_rollout = args.num_epoch * num_rollout_per_epoch
         if args.num_rollout <= 0:
@@ -132,5 +133,5 @@ def create_training_models(args: Namespace, groups: dict[str, Devices], rollout_
         args.start_rollout_id = start_ids[0]
     actor.continue_versions(args.start_rollout_id)
     if args.rollout_global_dataset and rollout_manager is not None and args.start_rollout_id > 0:
-        ray.get(rollout_manager.load.remote(args.start_rollout_id - 1))
+        wait_for({_MANAGER: rollout_manager.load.remote(args.start_rollout_id - 1)}, "load the data position")
     return actor, None

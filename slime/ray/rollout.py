@@ -16,6 +16,7 @@ from slime.observability.rollout_metrics import flatten_samples, log_eval_rollou
 from slime.observability.run_status import ProcessInfo
 from slime.observability.samples import write_eval_samples, write_samples
 from slime.ray.engines import EngineRecord, Engines
+from slime.ray.liveness import THREADS, Pulse
 from slime.rollout.base_types import (
     RolloutFnEvalOutput,
     RolloutFnTrainOutput,
@@ -33,7 +34,7 @@ from slime.utils.types import Sample
 logger = logging.getLogger(__name__)
 
 
-class RolloutController:
+class RolloutController(Pulse):
     """What the manager does, as a plain class: `RolloutManager` is the same as a Ray actor."""
 
     def __init__(self, args: Namespace, devices: Any) -> None:
@@ -75,8 +76,22 @@ class RolloutController:
         return self._engines.records if self._engines else []
 
     def dead_servers(self) -> list[str]:
-        """One text for each engine or router that has died, with its last log lines."""
+        """One text for each engine or router that is lost, with its last log lines."""
         return self._engines.dead() if self._engines is not None else []
+
+    def restart_servers(self) -> list[EngineRecord]:
+        """Start lost servers again; the engines among them, which take no request before `admit_engines`."""
+        return self._engines.restart_dead() if self._engines is not None else []
+
+    def admit_engines(self) -> None:
+        """Let requests go to every engine that serves."""
+        if self._engines is not None:
+            self._engines.admit()
+
+    def stop_generating(self) -> None:
+        """End all requests, and begin none: the run is about to leave."""
+        if self._engines is not None:
+            self._engines.pause()
 
     def processes(self) -> list[ProcessInfo]:
         """This process, the engines and the router."""
@@ -86,7 +101,8 @@ class RolloutController:
     def generate(self, rollout_id: int) -> list[Box] | None:
         """Make one rollout; one `Box(ObjectRef)` a data-parallel rank, or None when nothing is to be trained."""
         set_current_rollout_id(rollout_id)
-        samples = self._samples(rollout_id)
+        with self._saved_as_before():
+            samples = self._samples(rollout_id)
         if template := self.args.save_debug_rollout_data:
             debug_dumps.save_debug_rollout_data(template, rollout_id, samples)
         if self.args.load_debug_rollout_data is None:
@@ -164,6 +180,16 @@ class RolloutController:
 
     # ---- one rollout ----
 
+    @contextmanager
+    def _saved_as_before(self) -> Iterator[None]:
+        """A checkpoint that is written while a rollout is made holds the data source as it was before."""
+        freezes = self.args.save is not None and hasattr(self.data_source, "freeze")
+        if freezes:
+            self.data_source.freeze()
+        yield
+        if freezes:
+            self.data_source.thaw()
+
     def _samples(self, rollout_id: int) -> list[Sample]:
         if (template := self.args.load_debug_rollout_data) is not None:
             share = self.args.load_debug_rollout_data_subsample
@@ -190,4 +216,4 @@ class _Counter:
         self._show(self._done)
 
 
-RolloutManager = ray.remote(RolloutController)
+RolloutManager = ray.remote(concurrency_groups=THREADS)(RolloutController)

@@ -6,12 +6,11 @@ import os
 import signal
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Self
-
-import ray
 
 from slime.config import ConfigError
 from slime.observability import logging_utils
@@ -20,30 +19,37 @@ from slime.observability.run_log import RunLog
 from slime.observability.run_status import ProcessInfo, RunStatus
 from slime.observability.timer import StepClock
 from slime.ray import cluster
+from slime.ray.leaving import Leaving, Preempted
+from slime.ray.liveness import Liveness
 from slime.ray.placement_group import (
     create_placement_groups,
     create_rollout_manager,
     create_training_models,
     dispose,
 )
+from slime.ray.repair import Repairs
 from slime.ray.schedule import Schedule
 from slime.ray.turns import Turns
-from slime.ray.waiting import RemoteError, wait_for
+from slime.ray.waiting import RemoteError, set_look, wait_for
 from slime.ray.watch import Watch
 from slime.utils.processes import ServerError
 from slime.utils.run_marker import HungUp, RunMarker, deaf_to_ctrl_c, leaves_when_told
 from slime.weight_sync.base import EngineError, WeightSyncError
+from slime.weight_sync.sync import SyncReport
 
 logger = logging.getLogger(__name__)
 
 _MANAGER = "the rollout manager"
+_SYNC_RETRIES = 2  # of a sync that failed because an engine was lost
 _IN_WORDS = (RemoteError, WeightSyncError, EngineError, ServerError, ConfigError)
 """Errors whose message says what a person needs; their traceback would only hide it."""
 
 
 @contextmanager
 def errors_in_words() -> Iterator[None]:
-    """Turn an error that explains itself into a line on stderr and exit code 1 (130 for Ctrl-C, 129 for a hang-up).
+    """Turn an error that explains itself into a line on stderr and exit code 1.
+
+    Ctrl-C is 130, a hang-up 129, SIGTERM 143.
 
     Set SLIME_LOG_LEVEL=DEBUG to see the traceback.
     """
@@ -56,6 +62,9 @@ def errors_in_words() -> Iterator[None]:
         raise SystemExit(f"train.py: error: {error}{notes}") from None
     except HungUp:  # nobody is there to read a word
         raise SystemExit(128 + signal.SIGHUP) from None
+    except Preempted as preempted:
+        print(f"train.py: {preempted}", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGTERM) from None
     except KeyboardInterrupt:
         print("train.py: interrupted", file=sys.stderr)
         raise SystemExit(128 + signal.SIGINT) from None
@@ -72,7 +81,6 @@ class Run:
         self.args = args
         self._metrics: dict[str, float] = {}
         self._ledger: dict[str, Any] | None = None
-        self._trained: int = -1  # the last rollout that the weights were trained on
         self._is_unfinished = False  # the line of the step before the first is still to be written
         self._status: RunStatus | None = None
         self._clock = StepClock(on_change=self._show_phase)
@@ -80,22 +88,32 @@ class Run:
         self._marker: RunMarker | None = None
         self._manager: Any = None
         self._actor: Any = None
+        self._trained = self._saved = self._logged = -1
+        """Last rollouts that were trained on, saved, and written to the log."""
+        self._leaving = Leaving()
+        self._liveness = Liveness("the driver", args.liveness_timeout)
+        self._watch = Watch(self._clock, self._liveness, self._leaving)
 
     def __enter__(self) -> Self:
+        self._leaving.install()
         try:
             self._start()
-        except BaseException:
-            self.__exit__(*sys.exc_info())
+        except BaseException as error:
+            self.__exit__(type(error), error, error.__traceback__)
             raise
         return self
 
-    def __exit__(self, error: type[BaseException] | None = None, *_: object) -> None:
-        """Close the log and end every process, whatever state the run is in; nothing is left ten seconds later."""
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        """Close the log and end every process, whatever state the run is in; nothing is left ten seconds later.
+
+        After SIGTERM, save before.
+        """
         with deaf_to_ctrl_c(), contextlib.ExitStack() as ends:  # runs all of them, last first, even if one fails
             if self._marker is not None:
                 ends.callback(self._marker.finish)
             if self._status is not None:
-                ends.callback(self._status.phase, "done")
+                ends.callback(self._status.phase, "done" if kind is None else "failed")
+            ends.callback(self._leaving.restore)
             ends.callback(cluster.stop)
             if self._manager is not None:
                 ends.callback(dispose, self._manager)
@@ -103,10 +121,15 @@ class Run:
                 ends.callback(self._actor.close)
             if self._marker is not None:
                 ends.callback(self._marker.leaving)
+            ends.callback(self._liveness.close)
+            ends.callback(set_look, None)
             if self._log is not None:  # before the clock of the end runs: a tracker may have to upload
                 ends.callback(self._log.close)
                 if error is None:
                     ends.callback(self._write_start)  # of a run without a step
+            self._watch.close_bar()
+            if isinstance(error, Preempted):
+                error.args = (self._save_before_leaving(),)
 
     def _start(self) -> None:
         self._start_processes()
@@ -121,9 +144,12 @@ class Run:
         self._marker = RunMarker.start(Path(args.run_dir) / "logs" / "reaper.log")
         cluster.start(args)
         self._log = RunLog(args.run_dir, args)
+        self._liveness.start()
+        set_look(self._watch.look)
         groups = create_placement_groups(args)
         logger.info("starting engines (%s) and loading prompts", args.rollout_engine)
         self._manager, rollouts_per_epoch = create_rollout_manager(args, groups["rollout"])
+        self._liveness.watch(_MANAGER, self._manager)
         if args.debug_rollout_only:
             args.start_rollout_id = args.start_rollout_id or 0
         else:
@@ -133,18 +159,23 @@ class Run:
                 args.hf_checkpoint,
             )
             self._actor, _ = create_training_models(args, groups, self._manager)
-        self._trained = args.start_rollout_id - 1
+            for name, actor in self._actor.actors().items():
+                self._liveness.watch(name, actor)
         unfinished = self._log.begin(args.start_rollout_id)
         self._is_unfinished = args.start_rollout_id == 0 or unfinished is not None
         self._metrics |= unfinished or {}
         self.schedule = Schedule.of(args, rollouts_per_epoch)
+        self._trained = self._saved = self._logged = self.schedule.start - 1
         self._turns = Turns(args, self._actor, self._manager)
+        if not args.debug_train_only:
+            self._watch.repairs = Repairs(args, self._manager, self._actor)
+        self._watch.manager = self._manager
         self._show_processes()
 
     def _connect(self) -> None:
         if self._actor is None or self.args.debug_train_only:
             return
-        self._actor.connect_engines(ray.get(self._manager.engine_records.remote()))
+        self._actor.connect_engines(self._ask("engine_records", what="list its engines"))
         self.sync()
 
     # ---- one step of the loop ----
@@ -155,15 +186,19 @@ class Run:
         self._write_start()
         if self._status is not None:
             self._status.rollout(rollout_id)
+        if self._watch.repairs is not None:
+            self._watch.repairs.begin_rollout()
         yield
         self._write_log(rollout_id)
+        self._leaving.raise_if_asked()
 
     def generate(self, rollout_id: int) -> list[Any] | None:
         """Rewarded samples of one rollout, as one shard a data-parallel rank."""
-        with self._clock.phase("generate"), Watch(self._manager) as watch:
-            shards = self._ask("generate", rollout_id, what=f"generate rollout {rollout_id}", watch=watch.look)
-            self._metrics |= ray.get(self._manager.take_metrics.remote())
-            self._ledger = ray.get(self._manager.take_ledger.remote())
+        with self._clock.phase("generate"):
+            shards: list[Any] | None = self._ask("generate", rollout_id, what=f"generate rollout {rollout_id}")
+            self._watch.close_bar()
+            self._metrics |= self._ask("take_metrics", what="give its metrics")
+            self._ledger = self._ask("take_ledger", what="give its ledger")
         return shards
 
     def train(self, rollout_id: int, shards: list[Any] | None) -> None:
@@ -181,24 +216,60 @@ class Run:
             return
         with self._clock.phase("save"):
             if self.args.save and self.args.save_interval:
-                assert self._log is not None, "a save outside of `with Run(...)`"
-                self._log.prepare(rollout_id, self._metrics, self._ledger)
-                self._actor.save_model(rollout_id)
-                if self.args.rollout_global_dataset:
-                    self._ask("save", rollout_id, what="save the data position")
+                self._save_checkpoint(rollout_id)
             if self.args.save_hf:
                 self._actor.save_hf(self.args.save_hf.format(rollout_id=rollout_id))
 
+    def _save_checkpoint(self, rollout_id: int) -> None:
+        """The step's record and the prompts' position first: the checkpoint counts from when the trainer has its part."""
+        assert self._log is not None, "a save outside of `with Run(...)`"
+        if self._logged != rollout_id:
+            self._log.prepare(rollout_id, self._metrics, self._ledger)
+        if self.args.rollout_global_dataset:
+            self._ask("save", rollout_id, what="save the data position")
+        self._actor.save_model(rollout_id)
+        self._saved = rollout_id
+
+    def _save_before_leaving(self) -> str:
+        """Save what was trained since the last checkpoint; says what became of the run."""
+        if self._actor is None or self._trained == self._saved:
+            return f"left after SIGTERM; nothing was trained since {self._last_checkpoint()}."
+        if not self.args.save:
+            return f"left after SIGTERM; rollout {self._trained} is lost, as there is no --save folder."
+        self._leaving.is_asked = False
+        with self._clock.phase("save"):
+            self._ask("stop_generating", what="end its requests")
+        self._turns.to_trainer(self._clock)
+        with self._clock.phase("save"):
+            self._save_checkpoint(self._trained)
+        return f"left after SIGTERM; saved {self._last_checkpoint()}. The same command line goes on from there."
+
+    def _last_checkpoint(self) -> str:
+        return f"rollout {self._saved} in {self.args.save}" if self._saved >= 0 and self.args.save else "the start"
+
     def sync(self) -> None:
-        """Give the engines the trainer's weights, proved equal."""
+        """Give the engines the trainer's weights, proved equal; an engine that is lost meanwhile is started again."""
         if self._actor is None or self.args.debug_train_only:
             return
+        assert self._watch.repairs is not None, "a sync without engines"
         self._turns.to_engines(self._clock)
         with self._clock.phase("sync"):
-            report = self._actor.update_weights()
+            self._watch.repairs.start_lost_before_a_sync()
+            report = self._synced(self._watch.repairs)
             write_digests(self.args.run_dir, report.version, report.digests, self._trained)
             self._metrics |= report.metrics()
+            self._watch.repairs.admit()
         self._turns.to_generation(self._clock)
+
+    def _synced(self, repairs: Repairs) -> SyncReport:
+        for _ in range(_SYNC_RETRIES):
+            try:
+                return self._actor.update_weights()  # type: ignore[no-any-return]
+            except RemoteError as error:
+                logger.warning("%s", error)
+                if not repairs.restart_lost():
+                    raise
+        return self._actor.update_weights()  # type: ignore[no-any-return]
 
     @property
     def missing_evaluation(self) -> int | None:
@@ -213,9 +284,10 @@ class Run:
 
     def evaluate(self, rollout_id: int) -> None:
         """Run every evaluation task with the weights that the engines hold; -1 is before the first rollout."""
-        with self._clock.phase("eval"), Watch(self._manager) as watch:
-            self._ask("eval", rollout_id, what="evaluate", watch=watch.look)
-            self._metrics |= ray.get(self._manager.take_metrics.remote())
+        with self._clock.phase("eval"):
+            self._ask("eval", rollout_id, what="evaluate")
+            self._watch.close_bar()
+            self._metrics |= self._ask("take_metrics", what="give its metrics")
 
     def _show_phase(self, name: str) -> None:
         if self._status is not None and name != "other":
@@ -242,8 +314,8 @@ class Run:
     def _write_log(self, rollout_id: int) -> None:
         assert self._log is not None, "a step outside of `with Run(...)`"
         self._log.step(rollout_id, self._metrics | self._clock.finish(), self._ledger)
-        self._metrics, self._ledger = {}, None
+        self._metrics, self._ledger, self._logged = {}, None, rollout_id
 
-    def _ask(self, method: str, *method_args: Any, what: str, watch: Callable[[], None] | None = None) -> Any:
-        (result,) = wait_for({_MANAGER: getattr(self._manager, method).remote(*method_args)}, what, watch=watch)
+    def _ask(self, method: str, *method_args: Any, what: str) -> Any:
+        (result,) = wait_for({_MANAGER: getattr(self._manager, method).remote(*method_args)}, what)
         return result

@@ -12,10 +12,11 @@ import ray
 from slime.backends.base import Trainer
 from slime.observability.logging_utils import configure_logger
 from slime.ray.engines import EngineRecord
+from slime.ray.liveness import Pulse
 from slime.weight_sync.sync import SyncReport, WeightSync
 
 
-class TrainRayActor:
+class TrainRayActor(Pulse):
     """Built by `RayTrainGroup`, one a device; all ranks get the same calls in the same order."""
 
     def __init__(self, args: Namespace, rank: int, world_size: int, role: str = "actor") -> None:

@@ -1,62 +1,68 @@
-"""While the rollout manager works: draw how far it is, and notice an engine or router that has died."""
+"""While the driver waits: draw how far the rollout is, and notice whatever makes the wait pointless."""
 
+import contextlib
 import sys
-import time
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError
+from ray.exceptions import RayError
 from tqdm import tqdm
 
+from slime.observability.timer import StepClock
+from slime.ray.leaving import Leaving
+from slime.ray.liveness import Liveness
+from slime.ray.repair import Repairs
 from slime.ray.waiting import RemoteError
 
 _ASK_TIMEOUT_S = 1.0
-_CHECK_TIMEOUT_S = 30.0
-_CHECK_INTERVAL_S = 5.0
+_SERVING = ("generate", "eval")
+"""Phases that need engines and router, and that can be left at any moment."""
+_SYNCING = "sync"
+"""The phase in which a lost engine shows by itself: the sync fails."""
 
 
 class Watch:
-    """Call `look` about once a second while waiting. The bar is drawn only on a terminal."""
+    """`look` is what every wait of the driver calls twice a second."""
 
-    def __init__(self, manager: Any) -> None:
-        self._manager = manager
-        self._checked_s = time.monotonic()
+    def __init__(self, clock: StepClock, liveness: Liveness, leaving: Leaving) -> None:
+        self._clock, self._liveness, self._leaving = clock, liveness, leaving
+        self.repairs: Repairs | None = None
+        """None until engines run, and where there are none."""
+        self.manager: Any = None
+        """Asked for its progress, once it is there."""
         self._bar: tqdm[None] | None = None
 
-    def __enter__(self) -> Self:
-        return self
+    def look(self) -> None:
+        """
+        Raises:
+            RemoteError: a process is lost that nothing replaces; names it, with its last log lines.
+            Preempted: SIGTERM came in a phase that can be left.
+        """
+        if lost := self._liveness.lost():
+            raise RemoteError("; ".join(lost.values()))
+        phase = self._clock.current
+        if phase in _SERVING:
+            self._leaving.raise_if_asked()
+            self._draw()
+        if self.repairs is None:
+            return
+        if phase in _SERVING:
+            self.repairs.look()
+        elif phase != _SYNCING:
+            self.repairs.look_only()
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def close_bar(self) -> None:
+        """The rollout is there."""
         if self._bar is not None:
             self._bar.close()
-
-    def look(self) -> None:
-        """Draw the bar; every few seconds ask whether all servers are alive.
-
-        Raises:
-            RemoteError: one is not; names it and ends with its last log lines.
-        """
-        self._draw()
-        if time.monotonic() - self._checked_s > _CHECK_INTERVAL_S:
-            self._checked_s = time.monotonic()
-            self._check()
-
-    def _check(self) -> None:
-        try:
-            dead = ray.get(self._manager.dead_servers.remote(), timeout=_CHECK_TIMEOUT_S)
-        except GetTimeoutError:
-            return  # busy; it is asked again
-        if dead:
-            raise RemoteError("\n".join(dead))
+            self._bar = None
 
     def _draw(self) -> None:
-        if not sys.stderr.isatty():
+        if self.manager is None or not sys.stderr.isatty():
             return
-        try:
-            progress = ray.get(self._manager.progress.remote(), timeout=_ASK_TIMEOUT_S)
-        except GetTimeoutError:
-            return
+        progress = None
+        with contextlib.suppress(RayError):  # busy, or lost: others tell
+            progress = ray.get(self.manager.progress.remote(), timeout=_ASK_TIMEOUT_S)
         if progress is None:
             return
         what, done, total, unit = progress

@@ -61,6 +61,7 @@ class RolloutDataSource(DataSource):
     outstanding: dict[int, Origin]
     """Where the groups came from that were handed out and of which no rollout has said yet what became of them, by
     `group_index`; those that wait in a buffer among them."""
+    _frozen: dict[str, Any] | None = None
 
     def __init__(self, args: Namespace) -> None:
         self.prepare(args)
@@ -182,6 +183,14 @@ class RolloutDataSource(DataSource):
             "outstanding": [[group_index, *origin] for group_index, origin in self.outstanding.items()],
         }
 
+    def freeze(self) -> None:
+        """Until `thaw`, `save` writes the state of now: a rollout has begun that the checkpoint does not hold."""
+        self._frozen = self.state()
+
+    def thaw(self) -> None:
+        """`save` writes the present state again."""
+        self._frozen = None
+
     def restore(self, state: dict[str, Any]) -> None:
         """Continue where `state` was taken."""
         for name in ("sample_offset", "epoch_id", "sample_group_index", "sample_index"):
@@ -192,7 +201,10 @@ class RolloutDataSource(DataSource):
             self.dataset.shuffle(self.epoch_id)
 
     def save(self, rollout_id: int) -> None:
-        """Write `state()` to `<save>/rollout/global_dataset_state_dict_<rollout_id>.pt`, whole or not at all."""
+        """Write `state()`, or what `freeze` kept, to `<save>/rollout/global_dataset_state_dict_<rollout_id>.pt`.
+
+        It is there whole or not at all.
+        """
         if not self.args.rollout_global_dataset:
             return
         import torch
@@ -200,7 +212,7 @@ class RolloutDataSource(DataSource):
         path = _state_path(self.args.save, rollout_id)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
-        torch.save(self.state(), partial)
+        torch.save(self.state() if self._frozen is None else self._frozen, partial)
         partial.replace(path)
 
     def load(self, rollout_id: int | None = None) -> None:

@@ -4,10 +4,12 @@ import asyncio
 import contextlib
 import json
 import logging
+import math
 import os
 import random
 import socket
 import subprocess
+import time
 import weakref
 from argparse import Namespace
 from collections.abc import AsyncGenerator
@@ -18,8 +20,10 @@ import httpx
 
 logger = logging.getLogger(__name__)
 
+DEFAULT_RETRIES = 60
 RETRY_INTERVAL_S = 1.0
 CONNECT_TIMEOUT_S = 30.0
+_WARNING_INTERVAL_S = 10.0
 MAX_REPLY_CHARS_IN_ERROR = 2000
 
 # Connection-level failures: the request did not get an answer, and asking again is right.
@@ -32,6 +36,8 @@ _RETRIED_STATUS = 429
 class _Settings:
     max_connections: int = 512
     deadline_s: float = 14400.0
+    outlives_restarts: bool = False
+    """Servers that die are started again: where the caller names no number of attempts, the deadline limits them."""
 
 
 _settings = _Settings()
@@ -47,6 +53,7 @@ def init_http_client(args: Namespace) -> None:
     _settings = _Settings(
         max_connections=args.sglang_server_concurrency * engines,
         deadline_s=float(getattr(args, "sglang_router_request_timeout_secs", None) or _Settings.deadline_s),
+        outlives_restarts=bool(getattr(args, "use_fault_tolerance", False)),
     )
     _clients.clear()
 
@@ -64,14 +71,15 @@ def get_rollout_num_engines(args: Namespace) -> int:
 async def post(
     url: str,
     payload: Any,
-    max_retries: int = 60,
+    max_retries: int = DEFAULT_RETRIES,
     headers: dict[str, str] | None = None,
     timeout_s: float | None = None,
 ) -> Any:
     """POST `payload` as JSON; the parsed JSON of the reply, or its text when it is none.
 
     A connection that fails and the statuses 429 and 5xx are tried again after a second, with the same payload, up to
-    `max_retries` times. Any other status of 400 and above is raised at once.
+    `max_retries` times; by default, with --use-fault-tolerance, until the deadline: a dead server is being replaced.
+    Nothing else retries: the router's own retries are off. Any other status of 400 and above is raised at once.
 
     Args:
         timeout_s: deadline over all attempts, by default `--sglang-router-request-timeout-secs`.
@@ -117,6 +125,7 @@ async def _request(
     method: str, url: str, payload: Any, max_retries: int, headers: dict[str, str] | None, timeout_s: float | None
 ) -> Any:
     deadline_s = _settings.deadline_s if timeout_s is None else timeout_s
+    retries = math.inf if _settings.outlives_restarts and max_retries == DEFAULT_RETRIES else max_retries
     failures: list[Exception] = []
     try:
         async with asyncio.timeout(deadline_s):
@@ -127,9 +136,9 @@ async def _request(
                     if isinstance(error, httpx.HTTPStatusError) and not _is_retried(error.response.status_code):
                         raise
                     failures.append(error)
-                    if len(failures) > max_retries:
+                    if len(failures) > retries:
                         raise _after_retries(error, method, url, len(failures)) from error
-                    _log_retry(method, url, error, len(failures), max_retries)
+                    _log_retry(method, url, error, len(failures), retries)
                 await asyncio.sleep(RETRY_INTERVAL_S)
     except TimeoutError:
         last = f"; the last attempt failed with {failures[-1]!r}" if failures else ""
@@ -178,9 +187,17 @@ def _after_retries(error: Exception, method: str, url: str, attempts: int) -> Ex
     )
 
 
-def _log_retry(method: str, url: str, error: Exception, failures: int, max_retries: int) -> None:
-    if failures == 1 or failures % 10 == 0:
-        logger.warning("%s %s: %r; trying again (%d of %d)", method, url, error, failures, max_retries)
+_warned_s: dict[str, float] = {}
+
+
+def _log_retry(method: str, url: str, error: Exception, failures: int, retries: float) -> None:
+    """Warn of a server once in a while, not once a request: all requests in flight fail together."""
+    now = time.monotonic()
+    if now - _warned_s.get(url, -math.inf) < _WARNING_INTERVAL_S:
+        return
+    _warned_s[url] = now
+    limit = "until its deadline" if math.isinf(retries) else f"attempt {failures} of {retries}"
+    logger.warning("%s %s: %r; trying again (%s), and so do other requests to it", method, url, error, limit)
 
 
 def _client() -> httpx.AsyncClient:

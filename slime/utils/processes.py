@@ -64,13 +64,14 @@ class ServerProcess:
         self._owner_alive: int | None = None
         self._owner_pid = os.getpid()
         self._log_start = 0
+        self._ended_at: str | None = None
 
     def start(self) -> None:
         """Start the process; it is healthy only after `wait_until_healthy`."""
         if self._process is not None and self._process.poll() is None:
             raise ServerError(f"{self.name} is already running (pid {self._process.pid}).")
         self._close_pipe()
-        self._owner_pid = os.getpid()
+        self._owner_pid, self._ended_at = os.getpid(), None
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         read_end, write_end = os.pipe()
         try:
@@ -97,6 +98,16 @@ class ServerProcess:
         """Its exit code (minus the signal's number if a signal ended it), or None while it runs or before `start`."""
         return None if self._process is None else self._process.poll()
 
+    def how_it_ended(self) -> str | None:
+        """None while it runs or before `start`; else how, when that was noticed, and its last log lines."""
+        code = self.poll()
+        if code is None:
+            return None
+        if self._ended_at is None:
+            self._ended_at = time.strftime("%H:%M:%S")
+        verb = "was " if code < 0 else "ended with "
+        return f"{verb}{_how_it_ended(code)} at {self._ended_at}.{self._quoted_log()}"
+
     @property
     def pid(self) -> int | None:
         """Leader of the server's process group, or None before `start`."""
@@ -104,7 +115,7 @@ class ServerProcess:
 
     @property
     def server_pid(self) -> int | None:
-        """The server itself: the watchdog's child, where this system tells; else the watchdog. None when not running."""
+        """The server itself: the watchdog's child where this system tells, else the watchdog; None when not running."""
         if self._process is None or self._process.poll() is not None:
             return None
         children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children")

@@ -108,11 +108,24 @@ class WeightSync:
             return report
         if not self._engines:
             raise WeightSyncError("No engine is connected to the weight sync: call connect() first.")
-        label, digests = str(version), self._expected_digests()
+        buckets = iter(self._source.buckets(self._bucket_size_bytes))
+        try:
+            self._bring_engines_to(str(version), buckets, report)
+        except BaseException:
+            for _ in buckets:  # the other ranks are on their way through the gather, and wait for this one
+                pass
+            raise
+        logger.info(
+            "weights version %s on %d engine(s), %.0f MB, %d tensors proved in %.2f s",
+            version, len(self._engines), report.size_bytes / 1e6, report.num_tensors, report.total_s,
+        )  # fmt: skip
+        return report
+
+    def _bring_engines_to(self, label: str, buckets: Iterator[Bucket], report: SyncReport) -> None:
+        digests = self._expected_digests()
         with _phase(report, "pause"):
             self._on_all(lambda engine: engine.pause(self._pause_mode))
             self._on_all(lambda engine: engine.flush_cache())
-        buckets = iter(self._source.buckets(self._bucket_size_bytes))
         while True:
             with _phase(report, "gather"):
                 bucket = next(buckets, None)
@@ -131,11 +144,6 @@ class WeightSync:
             report.digests = expected
         with _phase(report, "continue"):
             self._on_all(lambda engine: engine.resume())
-        logger.info(
-            "weights version %s on %d engine(s), %.0f MB, %d tensors proved in %.2f s",
-            label, len(self._engines), report.size_bytes / 1e6, report.num_tensors, report.total_s,
-        )  # fmt: skip
-        return report
 
     def close(self) -> None:
         if self._is_sender:

@@ -124,6 +124,7 @@ class DiskTransport:
 
     def connect(self, engines: Sequence[WeightEngine]) -> None:
         self._engines = engines
+        self._num_files, self._size_bytes, self._weight_map = 0, 0, {}  # what a sync that failed left
 
     def send(self, bucket: Bucket, version: str) -> None:
         folder = self._version_folder(version)

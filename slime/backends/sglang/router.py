@@ -35,7 +35,8 @@ def router_command(args: Namespace, host: str, port: int, prometheus_port: int) 
     """Command line and whole environment of a router that listens on `host` alone.
 
     Worker health checks and circuit breakers are off unless the router is told otherwise: an engine that is paused for
-    new weights answers no health check, and who watches engines here is the health monitor.
+    new weights answers no health check, and who watches engines here is the health monitor. So are its retries: the
+    sender of a request retries (`slime.utils.http_utils.post`), and two layers that retry multiply.
     """
     timeout_s = getattr(args, "sglang_router_request_timeout_secs", None) or 14400
     argv = [
@@ -57,7 +58,10 @@ def router_command(args: Namespace, host: str, port: int, prometheus_port: int) 
         argv += ["--worker-startup-timeout-secs", str(_STARTUP_TIMEOUT_S)]
     if not is_changed(args, "router", "router_worker_startup_check_interval"):
         argv += ["--worker-startup-check-interval", "1"]
-    for switch in ("disable-health-check", "disable-circuit-breaker"):
+    switches = ["disable-health-check", "disable-circuit-breaker"]
+    if not is_changed(args, "router", "router_retry_max_retries"):
+        switches.append("disable-retries")
+    for switch in switches:
         if "--" + switch not in argv:
             argv += ["--" + switch]
     env = dict(os.environ)

@@ -108,13 +108,16 @@ class FaultToleranceConfig:
     """Fault tolerance."""
 
     use_fault_tolerance: bool = False
-    """Watch the engines and restart one that died or hangs."""
+    """Start an engine or the router again when it dies or hangs, and go on; without it the run ends, naming it."""
     rollout_health_check_interval: float = 30.0
-    """Seconds between two health checks."""
+    """Seconds between two health checks of an engine or the router."""
     rollout_health_check_timeout: float = 30.0
-    """Seconds after which a silent engine counts as dead."""
+    """Seconds after which a silent engine or router is killed and counts as dead."""
     rollout_health_check_first_wait: float = 0.0
-    """Seconds before the first check."""
+    """Seconds before the first health check of an engine that has just become healthy."""
+    liveness_timeout: float = 60.0
+    """Seconds without a sign of life after which a process of slime itself counts as dead: a trainer rank, the rollout
+    manager, an engine's owner, and for these the driver. 0: never."""
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,8 @@ AT_LEAST: dict[str, float] = {
     "train.num_critic_only_steps": 0,
     "fault_tolerance.rollout_health_check_interval": 0.1,
     "fault_tolerance.rollout_health_check_timeout": 0.1,
+    "fault_tolerance.rollout_health_check_first_wait": 0,
+    "fault_tolerance.liveness_timeout": 0,
     "correction.opsm_delta": 0,
 }
 

@@ -27,7 +27,7 @@ def test_slimes_defaults_are_given_where_they_are_not_the_routers():
     assert value_of(argv, "--balance-rel-threshold") == "1.2"
     assert value_of(argv, "--request-timeout-secs") == "14400"
     assert int(value_of(argv, "--worker-startup-timeout-secs")) <= 300
-    assert "--disable-health-check" in argv and "--disable-circuit-breaker" in argv
+    assert {"--disable-health-check", "--disable-circuit-breaker", "--disable-retries"} <= set(argv)
 
 
 def test_what_the_user_gave_wins():

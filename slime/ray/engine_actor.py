@@ -1,0 +1,95 @@
+"""The actor beside one engine: it owns the server process on the node where the engine's devices are."""
+
+import os
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import ray
+
+from slime.backends.base import EngineClient, EngineSpec
+from slime.backends.sglang.client import SGLangClient
+from slime.observability.run_status import ProcessInfo
+from slime.ray.liveness import Pulse
+from slime.utils.processes import ServerProcess, free_port
+
+_STOP_TIMEOUT_S = 5.0
+_KILL_TIMEOUT_S = 0.5
+
+
+@dataclass(frozen=True)
+class EngineRecord:
+    """How other processes reach one engine."""
+
+    name: str
+    url: str
+    kind: str
+    """`embedded` or `sglang`."""
+    num_devices: int
+    weights_dir: str
+    """Folder through which a trainer on the same host hands over weights."""
+
+    def client(self) -> EngineClient:
+        return SGLangClient(self.url, name=self.name)
+
+
+class EngineActor(Pulse):
+    """Starts, ends and describes one server; carries no request."""
+
+    def __init__(self, args: Namespace, spec: EngineSpec) -> None:
+        self._args, self._spec = args, spec
+        self._process: ServerProcess | None = None
+
+    def start(self) -> EngineSpec:
+        """Start the server, again if it ran before; returns the spec with the host and port it was given.
+
+        Does not wait until it is healthy.
+        """
+        if self._process is not None:
+            self._process.terminate(_KILL_TIMEOUT_S)
+        host = "127.0.0.1" if self._spec.device == "cpu" else ray.util.get_node_ip_address()
+        self._spec = replace(self._spec, host=host, port=free_port(host), nccl_port=free_port(host))
+        argv, env = _server_command(self._args)(self._args, self._spec)
+        self._process = ServerProcess(self._spec.name, argv, env, self._spec.log_path)
+        self._process.start()
+        return self._spec
+
+    def wait_until_healthy(self, timeout_s: float) -> None:
+        """Block until the server answers; its death or silence is an error with its last log lines."""
+        self._started().wait_until_healthy(f"{self._spec.url}/health", timeout_s)
+
+    def how_it_ended(self) -> str | None:
+        """None while the server runs; else how and when it ended, and its last log lines."""
+        return self._started().how_it_ended()
+
+    def log_tail(self) -> str:
+        """The server's last lines."""
+        return self._started().log_tail()
+
+    def processes(self) -> list[ProcessInfo]:
+        """This actor and, while it runs, its server."""
+        owner = ProcessInfo(f"owner of {self._spec.name}", "owner", os.getpid())
+        server = self._process.server_pid if self._process is not None else None
+        return [owner] if server is None else [ProcessInfo(self._spec.name, "engine", server), owner]
+
+    def kill(self) -> None:
+        """End the server at once, also where it is stopped."""
+        self._started().terminate(_KILL_TIMEOUT_S)
+
+    def stop(self) -> None:
+        """Ask the server to end, and make it."""
+        if self._process is not None:
+            self._process.terminate(_STOP_TIMEOUT_S)
+
+    def _started(self) -> ServerProcess:
+        if self._process is None:
+            raise RuntimeError(f"{self._spec.name} was not started.")
+        return self._process
+
+
+def _server_command(args: Namespace) -> Callable[[Namespace, EngineSpec], tuple[list[str], dict[str, str]]]:
+    if args.rollout_engine == "embedded":
+        from slime.backends.embedded.launch import server_command
+    else:
+        from slime.backends.sglang.launch import server_command
+    return server_command

@@ -1,0 +1,95 @@
+"""Health checks of servers: each is asked over HTTP from time to time, and one that stays silent is given up."""
+
+import asyncio
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+import httpx
+
+logger = logging.getLogger(__name__)
+
+_RETRY_S = 1.0
+
+
+class HealthMonitor:
+    """Watches any number of servers, from a thread of its own: what blocks elsewhere must not look like silence."""
+
+    def __init__(self, *, interval_s: float, timeout_s: float, first_wait_s: float = 0.0) -> None:
+        """
+        Args:
+            interval_s: between two checks of a healthy server.
+            timeout_s: a server that has not answered 200 for so long, in two attempts at least, is given up.
+            first_wait_s: before the first check of a server.
+        """
+        self._interval_s, self._timeout_s, self._first_wait_s = interval_s, timeout_s, first_wait_s
+        self._loop = asyncio.new_event_loop()
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._thread = threading.Thread(target=self._loop.run_forever, name="health", daemon=True)
+        self._thread.start()
+
+    def watch(self, name: str, url: str, give_up: Callable[[str], None]) -> None:
+        """Begin to check a server; `give_up` is called once, with the reason, from the monitor's thread.
+
+        Args:
+            url: answers 200 while the server is well.
+        """
+        self._loop.call_soon_threadsafe(self._start, name, url, give_up)
+
+    def forget(self, name: str) -> None:
+        """Check it no more."""
+        self._loop.call_soon_threadsafe(self._cancel, name)
+
+    def close(self) -> None:
+        """End all checks and the thread."""
+        asyncio.run_coroutine_threadsafe(self._cancel_all(), self._loop).result(timeout=10)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(timeout=10)
+
+    def _start(self, name: str, url: str, give_up: Callable[[str], None]) -> None:
+        self._cancel(name)
+        self._tasks[name] = self._loop.create_task(self._check(name, url, give_up))
+
+    def _cancel(self, name: str) -> None:
+        if (task := self._tasks.pop(name, None)) is not None:
+            task.cancel()
+
+    async def _cancel_all(self) -> None:
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _check(self, name: str, url: str, give_up: Callable[[str], None]) -> None:
+        await asyncio.sleep(self._first_wait_s)
+        silent_since_s: float | None = None
+        async with httpx.AsyncClient(timeout=self._timeout_s / 2, trust_env=False) as client:
+            while True:
+                asked_s = time.monotonic()
+                answer = await _ask(client, url)
+                if answer is None:
+                    silent_since_s = None
+                    await asyncio.sleep(self._interval_s)
+                    continue
+                silent_since_s = asked_s if silent_since_s is None else silent_since_s
+                silence_s = time.monotonic() - silent_since_s
+                if silence_s >= self._timeout_s:
+                    reason = f"did not answer {url} for {silence_s:.0f} s ({answer})"
+                    logger.warning("%s %s and is given up", name, reason)
+                    with contextlib.suppress(asyncio.CancelledError):
+                        await asyncio.to_thread(give_up, reason)
+                    return
+                await asyncio.sleep(min(_RETRY_S, self._interval_s))
+
+
+async def _ask(client: httpx.AsyncClient, url: str) -> str | None:
+    """None for 200, else what came instead."""
+    try:
+        reply = await client.get(url)
+    except httpx.TimeoutException:
+        return "no answer"
+    except httpx.HTTPError as error:
+        return str(error) or type(error).__name__
+    return None if reply.status_code == 200 else f"status {reply.status_code}"
