@@ -221,7 +221,7 @@ class Run:
                 self._actor.save_hf(self.args.save_hf.format(rollout_id=rollout_id))
 
     def _save_checkpoint(self, rollout_id: int) -> None:
-        """The step's record and the prompts' position first: the checkpoint counts from when the trainer has its part."""
+        """The step's record and the prompts' position first: once the trainer has written its part, all of it counts."""
         assert self._log is not None, "a save outside of `with Run(...)`"
         if self._logged != rollout_id:
             self._log.prepare(rollout_id, self._metrics, self._ledger)
