@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from slime.observability.ledger import LedgerError, check_ledger, read_ledger
 from slime.observability.run_log import read_metrics
 from tests.chaos.tiny_run import SAVE_INTERVAL
 
@@ -17,6 +18,7 @@ def differences(reference: Path, attacked: Path, num_rollout: int) -> list[str]:
         *_of_exports(reference, attacked, num_rollout),
         *of_metrics(reference, attacked, num_rollout),
         *_of_samples(reference, attacked, num_rollout),
+        *of_ledgers(reference, attacked, num_rollout),
     ]
 
 
@@ -71,6 +73,24 @@ def _of_samples(reference: Path, attacked: Path, num_rollout: int) -> list[str]:
         if ours != theirs:
             first = next((i for i, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), -1)
             found.append(f"samples of rollout {rollout_id}: {len(theirs)} rows, row {first} differs first")
+    return found
+
+
+def of_ledgers(reference: Path, attacked: Path, num_rollout: int) -> list[str]:
+    """Gaps and doubles of the attacked run's ledger, and rollouts in which other rows were trained."""
+    try:
+        summary = check_ledger(attacked)
+        ours, theirs = read_ledger(reference), read_ledger(attacked)
+    except (LedgerError, FileNotFoundError) as error:
+        return [str(error)]
+    found = []
+    if summary.num_rollouts != num_rollout:
+        found.append(f"the ledger has {summary.num_rollouts} rollouts, not {num_rollout}")
+    if summary.unknown:
+        found.append(f"the ledger has {summary.unknown} entries of unknown rows")
+    unequal = [line["rollout_id"] for line, expected in zip(theirs, ours, strict=False) if line != expected]
+    if unequal:
+        found.append(f"the ledger differs from the reference's in the rollouts {unequal}")
     return found
 
 
