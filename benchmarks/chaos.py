@@ -15,37 +15,13 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tests.chaos.attacks import STOPPED, STOPPED_PHASES, Attack, draw_kills, draw_stops, rollouts_needed  # noqa: E402
-from tests.chaos.campaign import Campaign, usual_times  # noqa: E402
-from tests.chaos.judge import differences  # noqa: E402
-from tests.chaos.report import report  # noqa: E402
-from tests.chaos.tiny_run import TinyRun, save_model_and_prompts  # noqa: E402
-
-
-def attack_runs(folder: Path, attacks: Sequence[Attack], run: TinyRun) -> tuple[str, bool]:
-    """The undisturbed run, the attacked one, and the comparison: (report, whether all went as it must)."""
-    peaceful = Campaign(replace(run, folder=folder / "peaceful"), [], {}, say=say)
-    peaceful.carry_out()
-    if peaceful.problems:
-        return report([], peaceful.problems), False
-    usual_s = usual_times(peaceful.run.folder)
-    say("usual times: " + ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in usual_s.items()))
-    campaign = Campaign(run, attacks, usual_s, say=say)
-    campaign.carry_out()
-    problems = [*campaign.problems, *differences(peaceful.run.folder, run.folder, run.num_rollout)]
-    is_right = not problems and not any(outcome.problems for outcome in campaign.outcomes)
-    return report(campaign.outcomes, problems), is_right
-
-
-def say(text: str) -> None:
-    print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True)
+from tests.chaos.attacks import STOPPED, STOPPED_PHASES, draw_kills, draw_stops  # noqa: E402
+from tests.chaos.comparison import attack_and_compare, say_with_time  # noqa: E402
 
 
 def main() -> int:
@@ -67,25 +43,23 @@ def main() -> int:
         attacks = draw_stops(options.targets, options.phases, seed)
     for attack in attacks:
         print(attack)
-    timeout_s = options.liveness_timeout or (60.0 if options.signal == "KILL" else 15.0)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leaving in order ends the run under attack
     folder = Path(tempfile.mkdtemp(prefix="slime_chaos_"))
-    say(f"seed {seed}, {len(attacks)} attacks, folder {folder}")
+    say_with_time(f"seed {seed}, {len(attacks)} attacks, folder {folder}")
     started = time.monotonic()
-    run = TinyRun(
-        folder / "attacked",
-        save_model_and_prompts(folder / "model"),
-        rollouts_needed(attacks),
+    comparison = attack_and_compare(
+        folder,
+        attacks,
         is_fault_tolerant=not options.no_fault_tolerance,
-        liveness_timeout_s=timeout_s,
+        liveness_timeout_s=options.liveness_timeout or (60.0 if options.signal == "KILL" else 15.0),
+        say=say_with_time,
     )
-    text, is_right = attack_runs(folder, attacks, run)
-    print(f"\n{text}\n\nseed {seed}, {time.monotonic() - started:.0f} s")
-    if options.keep or not is_right:
+    print(f"\n{comparison}\n\nseed {seed}, {time.monotonic() - started:.0f} s")
+    if options.keep or not comparison.is_right:
         print(f"runs left in {folder}")
     else:
         shutil.rmtree(folder)
-    return 0 if is_right else 1
+    return 0 if comparison.is_right else 1
 
 
 if __name__ == "__main__":
