@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tests.chaos.attacks import Attack, rollouts_needed
-from tests.chaos.campaign import Campaign, Limits, Outcome, usual_times
+from tests.chaos.campaign import Campaign, Outcome, usual_times
 from tests.chaos.judge import differences
 from tests.chaos.report import report
 from tests.chaos.tiny_run import TinyRun, save_model_and_prompts
@@ -34,7 +34,6 @@ def attack_and_compare(
     *,
     is_fault_tolerant: bool = True,
     liveness_timeout_s: float = 60.0,
-    limits: Limits = Limits(),
     say: Callable[[str], None] = print,
 ) -> Comparison:
     """Run in peace, then under attack, both in `folder`; no attack is made when the first already goes wrong."""
@@ -45,13 +44,13 @@ def attack_and_compare(
         is_fault_tolerant=is_fault_tolerant,
         liveness_timeout_s=liveness_timeout_s,
     )
-    peaceful = Campaign(replace(run, folder=folder / "peaceful"), [], {}, limits, say=say)
+    peaceful = Campaign(replace(run, folder=folder / "peaceful"), [], {}, say=say)
     peaceful.carry_out()
     if peaceful.problems:
         return Comparison([], peaceful.problems)
     usual_s = usual_times(peaceful.run.folder)
     say("usual times: " + ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in usual_s.items()))
-    campaign = Campaign(run, attacks, usual_s, limits, say=say)
+    campaign = Campaign(run, attacks, usual_s, say=say)
     campaign.carry_out()
     found = differences(peaceful.run.folder, run.folder, run.num_rollout)
     return Comparison(campaign.outcomes, [*campaign.problems, *found])
