@@ -17,7 +17,12 @@ from tests.chaos.tiny_run import NAMES, TinyRun
 _WATCH_S = 0.005
 _IDLE_S = 0.05
 _USUAL_START_S = 25.0
-_KNOWN = re.compile("|".join(sorted(map(re.escape, NAMES), key=len, reverse=True)))
+_NAME = "|".join(sorted(map(re.escape, NAMES), key=len, reverse=True))
+_KNOWN = re.compile(_NAME)
+_ACCUSED = re.compile(
+    rf"({_NAME})(?: \([^)]*\))? (?:died|has given no sign|was killed|ended|did not answer|was lost|failed)"
+)
+"""A process that an error says to be the cause; others in it only waited."""
 
 
 @dataclass(frozen=True)
@@ -215,7 +220,7 @@ class Campaign:
         if code in (0, -signal.SIGKILL):
             outcome.problems.append(f"the driver ended with {code}")
         if attack.target != "driver" and not names(outcome.message, attack):
-            outcome.problems.append(f"does not name {attack.target} first")
+            outcome.problems.append(f"does not blame {attack.target}")
 
     def _judge_recovery(self, driver: Driver, outcome: Outcome, written: int) -> None:
         target = outcome.attack.target
@@ -249,13 +254,15 @@ def error_of(text: str) -> str:
 
 
 def names(message: str, attack: Attack) -> bool:
-    """Whether the first process that the message names is the attacked one (one of its kind, in the phase start)."""
-    found = _KNOWN.search(message)
-    if found is None:
-        return False
-    if attack.phase == START:
-        return found[0].rstrip(" 01") == attack.target.rstrip(" 01")
-    return found[0] == attack.target
+    """Whether the first process that the message blames is the attacked one (one of its kind, in the phase start).
+
+    Where it blames nobody in words that are known here, the first process that it names counts.
+    """
+    blamed = _ACCUSED.search(message)
+    found = blamed[1] if blamed else (known[0] if (known := _KNOWN.search(message)) else None)
+    if found is not None and attack.phase == START:
+        return found.rstrip(" 01") == attack.target.rstrip(" 01")
+    return found == attack.target
 
 
 def describe(outcome: Outcome) -> str:

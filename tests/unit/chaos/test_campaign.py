@@ -53,7 +53,7 @@ def test_a_run_survives_its_engine_and_goes_on_after_its_driver_and_trainer(tmp_
 @pytest.mark.parametrize(
     ("quirk", "problem"),
     [
-        ("blames-the-router", "does not name actor rank 0 first"),
+        ("blames-the-router", "does not blame actor rank 0"),
         ("leaves-a-child", "still there"),
         ("hangs", "neither ended nor went on"),
     ],
@@ -76,11 +76,13 @@ def test_a_run_that_ends_before_its_attacks_is_a_problem(tmp_path: Path) -> None
     assert "before 1 of the attacks" in done.problems[0]
 
 
-def test_the_first_name_in_an_error_is_the_one_that_counts() -> None:
+def test_the_process_that_an_error_blames_is_the_one_that_counts() -> None:
     attack = kill(0, "actor rank 1", "train", 0)
     assert names("actor rank 1 died; actor rank 0 waited for it", attack)
-    assert not names("actor rank 0 failed: connection closed by actor rank 1", attack)
+    assert names("actor rank 0 had to train on rollout 3, but actor rank 1 (pid 7) died at 10:11:12", attack)
+    assert not names("actor rank 0 failed to train: connection closed by actor rank 1", attack)
     assert not names("owner of engine 1 died", kill(0, "engine 1", "train", 0))
+    assert not names("something went wrong", attack)
     assert names("actor rank 0 died", kill(0, "actor rank 1", "start", 0)), "a starting run's ranks look alike"
 
 
