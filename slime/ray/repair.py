@@ -4,6 +4,7 @@ import logging
 import time
 from argparse import Namespace
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -24,12 +25,15 @@ _ATTEMPTS = 3
 class Repairs:
     """The driver's view of the servers; without --use-fault-tolerance it only tells how one was lost."""
 
-    def __init__(self, args: Namespace, manager: Any, trainer: Any) -> None:
+    def __init__(
+        self, args: Namespace, manager: Any, trainer: Any, on_change: Callable[[], None] = lambda: None
+    ) -> None:
         """
         Args:
             args: reads `use_fault_tolerance`.
             manager: the rollout manager, which owns the servers.
             trainer: has `connect_engines` and `send_weights_again`; None where nothing is trained.
+            on_change: called when servers have been started again: other processes run than before.
         """
         self._is_allowed = bool(args.use_fault_tolerance)
         self._manager, self._trainer = manager, trainer
@@ -37,7 +41,7 @@ class Repairs:
         self._answered_s = 0.0
         self._is_repairing = False
         self._restarts: Counter[str] = Counter()
-        self.num_repairs = 0
+        self._on_change = on_change
 
     def begin_rollout(self) -> None:
         """Servers may be lost so often again."""
@@ -100,7 +104,7 @@ class Repairs:
                     self._count(text)
                 try:
                     restart()
-                    self.num_repairs += 1
+                    self._on_change()
                     return
                 except (RemoteError, EngineError) as error:
                     logger.warning("restart, attempt %d of %d: %s", attempt, _ATTEMPTS, error)

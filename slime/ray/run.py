@@ -168,7 +168,7 @@ class Run:
         self._trained = self._saved = self._logged = self.schedule.start - 1
         self._turns = Turns(args, self._actor, self._manager)
         if not args.debug_train_only:
-            self._watch.repairs = Repairs(args, self._manager, self._actor)
+            self._watch.repairs = Repairs(args, self._manager, self._actor, self._show_processes)
         self._watch.manager = self._manager
         self._show_processes()
 

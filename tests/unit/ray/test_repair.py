@@ -62,6 +62,15 @@ def test_an_engine_is_back_with_the_current_weights_before_it_takes_requests(cal
     ]  # fmt: skip
 
 
+def test_whoever_shows_the_processes_of_the_run_hears_of_new_ones(calls: list[Any]) -> None:
+    manager = Called(calls, {"dead_servers": [[DEAD], []], "restart_servers": [[RECORD]] * 2})
+    hands = Repairs(Namespace(use_fault_tolerance=True), manager, None, lambda: calls.append("shown"))
+    hands.look()
+    assert calls[-2:] == ["admit_engines", "shown"]
+    hands.look()
+    assert calls.count("shown") == 1
+
+
 def test_without_the_flag_a_loss_ends_the_run_by_name(calls: list[Any]) -> None:
     hands = repairs(calls, [[DEAD], [DEAD]], allowed=False)
     for look in (hands.look, hands.look_only):
