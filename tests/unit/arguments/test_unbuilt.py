@@ -31,8 +31,8 @@ FIELDS_OF_MEGATRON = {"clip_grad"}  # reaches the trainer through megatron_field
 def test_an_unbuilt_flag_ends_the_start_with_what_to_do_instead(
     files: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    message = refusal(right_command_line(files, "--use-opd --async-buffer-size 4"), capsys)
-    assert "--use-opd is not built yet" in message
+    message = refusal(right_command_line(files, "--streaming-data --async-buffer-size 4"), capsys)
+    assert "--streaming-data is not built yet" in message
     assert "--async-buffer-size 4 is not built yet" in message
 
 

@@ -423,8 +423,6 @@ WRONG_COMMAND_LINES = (
           "--log-probs-max-tokens-per-gpu 1024", "leave it out"),
     Wrong("a key that slime would not send", "--sglang-api-key secret", "--sglang-api-key is", "leave it out"),
     Wrong("a family by name", "--model-name qwen3", "--model-name qwen3", "config.json"),
-    Wrong("how often engines are looked at", "--rollout-health-check-interval 5", "--rollout-health-check-interval 5.0",
-          "leave it out"),
     Wrong("the encoding of deltas", "--update-weight-delta-encoding overwrite", "--update-weight-delta-encoding",
           "leave it out"),
     Wrong("the checksum of deltas", "--update-weight-delta-checksum blake3", "--update-weight-delta-checksum",
