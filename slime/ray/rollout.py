@@ -28,6 +28,7 @@ from slime.rollout.ledger import take_ledger_line
 from slime.rollout.progress import set_bar_factory
 from slime.rollout.sample_hooks import set_current_rollout_id
 from slime.utils.http_utils import init_http_client
+from slime.utils.memory_utils import settle_objects
 from slime.utils.misc import Box, load_function
 from slime.utils.types import Sample
 
@@ -62,6 +63,7 @@ class RolloutController(Pulse):
         if self._engines is not None:
             self._engines.wait_until_ready()
             init_http_client(args)
+        settle_objects()
 
     def get_num_rollout_per_epoch(self) -> int | None:
         if not self.args.rollout_global_dataset:

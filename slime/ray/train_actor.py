@@ -13,6 +13,7 @@ from slime.backends.base import Trainer
 from slime.observability.logging_utils import configure_logger
 from slime.ray.engines import EngineRecord
 from slime.ray.liveness import Pulse
+from slime.utils.memory_utils import settle_objects
 from slime.weight_sync.sync import SyncReport, WeightSync
 
 
@@ -53,7 +54,9 @@ class TrainRayActor(Pulse):
             master_port,
             role=self._role,
         )
-        return self._trainer.init()
+        first_rollout_id = self._trainer.init()
+        settle_objects()
+        return first_rollout_id
 
     def parallel_config(self) -> dict[str, int]:
         return dict(self.trainer.parallel_config())

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import mmap
 import os
 import shutil
 import tempfile
@@ -81,16 +80,12 @@ def write_bucket(path: Path, bucket: Bucket) -> list[dict[str, object]]:
             }
         )
         offset += -(-tensor.numel() * tensor.element_size() // _ALIGNMENT) * _ALIGNMENT
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
-        # Reserve first: writing to a mapped file on a full tmpfs is a SIGBUS, not an exception.
-        os.posix_fallocate(descriptor, 0, max(offset, 1))
-        with mmap.mmap(descriptor, max(offset, 1)) as memory:
-            target = torch.frombuffer(memory, dtype=torch.uint8)
-            for entry, (_, tensor) in zip(layout, bucket, strict=True):
-                source = raw_bytes(tensor)
-                target[entry["offset"] : entry["offset"] + source.numel()].copy_(source)
-            del target  # releases its hold on the mapping, which could not be closed otherwise
+        # Written and not mapped: no page faults, and a full tmpfs is an exception, not a SIGBUS.
+        os.ftruncate(descriptor, max(offset, 1))
+        for entry, (_, tensor) in zip(layout, bucket, strict=True):
+            _write_at(descriptor, raw_bytes(tensor), entry["offset"])
     except OSError as error:
         free = shutil.disk_usage(path.parent).free
         raise WeightSyncError(
@@ -100,6 +95,14 @@ def write_bucket(path: Path, bucket: Bucket) -> list[dict[str, object]]:
     finally:
         os.close(descriptor)
     return layout
+
+
+def _write_at(descriptor: int, source: torch.Tensor, offset: int) -> None:
+    """Write all of a [bytes] uint8 tensor; one call of the system may take less."""
+    left = memoryview(source.numpy())
+    while left:
+        count = os.pwrite(descriptor, left, offset)
+        left, offset = left[count:], offset + count
 
 
 class DiskTransport:

@@ -24,7 +24,7 @@ class Matrix(Protocol):
         """x [..., K] -> [..., N]."""
 
     def write(self, start: int, rows: Tensor) -> None:
-        """Replace rows from `start`; what computes may change only with `flush`."""
+        """Replace rows from `start`; what computes changes with `flush`, or as soon as every row was replaced."""
 
     def flush(self) -> None:
         """Put everything written since the last flush into the memory that computes, if no row is missing."""
@@ -79,21 +79,27 @@ class PackedMatrix:
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, bias, "none", [], "")
 
     def write(self, start: int, rows: Tensor) -> None:
+        if rows.shape == self.shape:  # straight from where it came
+            self._pack(rows)
+            return
         if self._staged is None:
             self._staged = torch.empty(self.shape, dtype=self.dtype)
             self._is_missing.fill_(True)
         self._staged[start : start + rows.shape[0]] = rows
         self._is_missing[start : start + rows.shape[0]] = False
+        if not self._is_missing.any():
+            self._pack(self._staged)
 
     def flush(self) -> None:
-        if self._staged is None:
+        if self._staged is None or self.packed is None:
             return
-        if self._is_missing.any():
-            if self.packed is None:
-                return
-            self._staged[self._is_missing] = self.dense()[self._is_missing]
+        self._staged[self._is_missing] = self.dense()[self._is_missing]
+        self._pack(self._staged)
+
+    def _pack(self, rows: Tensor) -> None:
+        """Staging memory is given back at once, so that the next matrix takes the same: new pages are what costs."""
         self.packed = None
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(self._staged, PACKED_FOR_ROWS)
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(rows.contiguous(), PACKED_FOR_ROWS)
         self._staged = None
 
     def dense(self) -> Tensor:

@@ -32,6 +32,7 @@ from slime.backends.embedded.openai import OpenAIRoutes
 from slime.backends.embedded.protocol import GenerateCall, GenerateItem, SamplingParams, parse_generate
 from slime.backends.embedded.text import Codec
 from slime.backends.embedded.web import answers_errors, event_stream, json_reply, read_json, until_disconnect
+from slime.utils.memory_utils import settle_objects
 
 logger = logging.getLogger("slime.embedded")
 
@@ -378,6 +379,7 @@ async def serve(arguments: argparse.Namespace, parent: ParentWatch) -> None:
     watch = asyncio.create_task(parent.poll())
     server = uvicorn.Server(config)
     failed = asyncio.create_task(stop_on_failure(engine, server))
+    settle_objects()
     await server.serve()
     watch.cancel()
     failed.cancel()

@@ -212,7 +212,7 @@ def test_a_bucket_that_does_not_fit_names_the_folder_and_the_flag(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("os.posix_fallocate", full)
+    monkeypatch.setattr("os.pwrite", full)
     with pytest.raises(WeightSyncError, match="--update-weight-buffer-size"):
         write_bucket(tmp_path / "b.bin", [("w", torch.zeros(4))])
 
