@@ -2,6 +2,8 @@
 
     slime report RUN_DIR                 what a run amounts to
     slime plot RUN_DIR ... --out PNG     its curves
+    slime diff RUN_A RUN_B               where two runs first differ: step, sample, tensor
+    slime ledger RUN_DIR                 whether each prompt was used exactly once
     slime flags [WORD ...]               which flags there are, searched by words
     slime doctor                         what is installed here and which path it allows
 
@@ -32,6 +34,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     plotting = _add(commands, "plot", plot, "draw the curves of runs")
     plotting.add_argument("run_dirs", type=Path, nargs="+")
     plotting.add_argument("--out", type=Path, required=True, help="PNG file to write")
+    comparing = _add(commands, "diff", diff, "say where two runs first differ: step, sample, metric and weight tensor")
+    comparing.description = (
+        "Compare the records of two runs step by step: prompts, samples, metrics (without times) and digests of the "
+        "weights. Exit code 0: identical in all steps that both have; 1: different; 2: a folder is no run's."
+    )
+    comparing.add_argument("run_a", type=Path)
+    comparing.add_argument("run_b", type=Path)
+    comparing.add_argument("--json", action="store_true", help="print the comparison as JSON")
+    ledger_parser = _add(commands, "ledger", ledger, "check that each prompt that was drawn is accounted for once")
+    ledger_parser.add_argument("run_dir", type=Path)
     _add(commands, "flags", flags, "list or search train.py's flags").add_argument("words", nargs="*")
     _add(commands, "doctor", doctor, "say what is installed here and which path it allows")
     args = parser.parse_args(argv)
@@ -67,6 +79,28 @@ def plot(args: argparse.Namespace) -> int:
     from slime.observability.report import plot_curves
 
     print(plot_curves(args.run_dirs, args.out))
+    return 0
+
+
+def diff(args: argparse.Namespace) -> int:
+    """Print where two runs first differ; 0 if nowhere, 1 if somewhere, 2 if they cannot be compared."""
+    from slime.observability.diff import compare_runs, format_comparison
+
+    try:
+        comparison = compare_runs(args.run_a, args.run_b)
+    except (OSError, ValueError) as error:
+        print(f"slime diff: {error}", file=sys.stderr)
+        return 2
+    names = str(args.run_a), str(args.run_b)
+    print(comparison.to_json() if args.json else format_comparison(comparison, names))
+    return 0 if comparison.is_identical else 1
+
+
+def ledger(args: argparse.Namespace) -> int:
+    """Check a run's ledger and print what it accounts for."""
+    from slime.observability.ledger import check_ledger
+
+    print(f"{args.run_dir}: {check_ledger(args.run_dir)}")
     return 0
 
 

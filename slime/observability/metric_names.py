@@ -212,6 +212,14 @@ def find(name: str) -> Metric | None:
     return _exact.get(name) or next((metric for metric in _patterns if metric.matches(name)), None)
 
 
+def depends_on_timing(name: str) -> bool:
+    """Whether a metric may differ between two runs that compute the same: speed, and what engines had in a cache."""
+    return name.startswith("perf/") or name.endswith(_OF_CACHES)
+
+
+_OF_CACHES = ("/prefix_cache_hit_rate", "/avg_cached_tokens_per_sample")
+
+
 def undeclared(names: Iterable[str]) -> list[str]:
     """Those of the names that nothing declares, sorted."""
     return sorted(name for name in names if find(name) is None)

@@ -1,15 +1,19 @@
 """Writes what the model said into the run's folder, one JSON object a line, to be read by people and by jq."""
 
+import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from slime.observability.rollout_metrics import flatten_samples
 from slime.observability.run_files import SAMPLES_DIR
 from slime.utils.types import Sample
+
+MAX_LISTED = 4096
+"""Tokens of a sample whose ids and log-probs are written out."""
 
 
 def write_samples(
@@ -45,7 +49,10 @@ def write_eval_samples(
 
 
 def sample_row(sample: Sample, tokenizer: Any = None) -> dict[str, Any]:
-    """What one line says of a sample."""
+    """What one line says of a sample. Floats are written so that they are read back bit by bit.
+
+    `tokens` are the prompt's and the response's ids, `log_probs` [R] nats as the engine reported them.
+    """
     response = sample.response
     if not response and sample.response_length and tokenizer is not None:
         response = tokenizer.decode(sample.tokens[-sample.response_length :])
@@ -62,7 +69,20 @@ def sample_row(sample: Sample, tokenizer: Any = None) -> dict[str, Any]:
         "trained_length": sample.effective_response_length,
         "weight_versions": sample.weight_versions,
         "removed": sample.remove_sample,
+        "tokens": _listed(sample.tokens),
+        "log_probs": _listed(sample.rollout_log_probs),
     }
+
+
+def _listed(values: Sequence[int] | Sequence[float] | None) -> list[Any] | str | None:
+    """Numbers that `slime diff` compares; of very many a digest, which still tells whether two are the same."""
+    if values is None:
+        return None
+    numbers = [value.item() if hasattr(value, "item") else value for value in values]
+    if len(numbers) <= MAX_LISTED:
+        return numbers
+    digest = hashlib.blake2b(json.dumps(numbers).encode(), digest_size=16).hexdigest()
+    return f"{len(numbers)} numbers, blake2b {digest}"
 
 
 def _number(rollout_id: int) -> str:

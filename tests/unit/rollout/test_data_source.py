@@ -5,10 +5,15 @@ import pytest
 import torch
 from PIL import Image
 
+from slime.observability import ledger
+from slime.rollout import data_source
+from slime.rollout.base_types import GroupFates, RolloutFnTrainOutput
 from slime.rollout.data_source import RolloutDataSource, RolloutDataSourceWithBuffer, load_data_source
+from slime.rollout.ledger import take_ledger_line
 from slime.rollout.sample_state import from_state, to_state
 from slime.utils.types import Sample
 from tests.unit.rollout import plugins
+from tests.unit.rollout.fakes import FakeTokenizer
 
 PLUGINS = plugins.__name__
 
@@ -89,6 +94,72 @@ def test_the_buffer_and_its_half_made_samples_come_back(args):
     assert (first.metadata, first.trace) == ({"start_rollout_id": 3}, {"events": [1]})
     assert first.rollout_top_p_token_ids.tolist() == [1, 2]
     assert letters(resumed.get_samples(3)) == "abc"
+
+
+def test_the_ledger_knows_the_row_of_every_group_through_shuffle_slice_filter_and_resume(args, prompts, monkeypatch):
+    monkeypatch.setattr(data_source, "load_tokenizer", lambda path, **kwargs: FakeTokenizer())
+    rows = ["aaaaaa", "b", "cc", "", "d", "eeeeee", "f"]
+    with open(prompts("x"), "w") as file:
+        file.write("".join(f'{{"prompt": "{row}", "label": ""}}\n' if row else "\n" for row in rows))
+    args.prompt_data, args.rollout_shuffle, args.rollout_max_prompt_len = f"{file.name}@[1:6]", True, 3
+    source = RolloutDataSourceWithBuffer(args)
+    groups = source.get_samples(6)
+    row_of = {"b": 0, "cc": 1, "d": 2, "f": 4}  # of the slice; the empty line is no row, eeeeee is too long
+    expected = [(i // 4, row_of[group[0].prompt]) for i, group in enumerate(groups)]
+    assert [source.outstanding[i] for i in range(6)] == expected
+    assert source.position == (1, 2)
+
+    source.add_samples(groups[4:])
+    source.save(0)
+    resumed = RolloutDataSourceWithBuffer(args)
+    resumed.load(0)
+    assert (resumed.outstanding, resumed.position) == (source.outstanding, (1, 2))
+
+
+def test_a_rollout_takes_its_groups_out_of_what_is_outstanding(args):
+    source = RolloutDataSourceWithBuffer(args)
+    groups = source.get_samples(5)
+    source.add_samples(groups[4:])
+    fates = GroupFates(trained=(0, 2), dropped=(1,), discarded=(3,))
+    line = take_ledger_line(source, 7, RolloutFnTrainOutput([groups[0], groups[2]], fates=fates))
+    assert line == {
+        "rollout_id": 7,
+        "trained": [[0, 0], [0, 2]],
+        "dropped": [[0, 1]],
+        "discarded": [[0, 3]],
+        "outstanding": [[0, 4]],
+        "position": [0, 5],
+        "rows_per_epoch": 5,
+    }
+    (again,) = source.get_samples(1)
+    line = take_ledger_line(source, 8, RolloutFnTrainOutput([again]))
+    assert (line["trained"], line["outstanding"]) == ([[0, 4]], [])
+
+
+def test_a_rollout_function_that_says_nothing_may_bring_its_groups_later(args):
+    source = RolloutDataSourceWithBuffer(args)
+    groups = source.get_samples(3)
+    line = take_ledger_line(source, 0, RolloutFnTrainOutput(samples=groups[:2]))
+    assert (line["trained"], line["discarded"], line["outstanding"]) == ([[0, 0], [0, 1]], [], [[0, 2]])
+    line = take_ledger_line(source, 1, RolloutFnTrainOutput(samples=groups[2:]))
+    assert (line["trained"], line["outstanding"]) == ([[0, 2]], [])
+
+
+@pytest.mark.parametrize("name", ["GuidePlain", "Complete", "GuideBuffer", "BareInit"])
+def test_users_own_classes_are_accounted_for_as_far_as_they_tell(args, name, caplog):
+    args.data_source_path = f"{PLUGINS}.{name}"
+    source = load_data_source(args)
+    groups = source.get_samples(2) or [[Sample(group_index=0)], [Sample(group_index=1)]]
+    line = take_ledger_line(source, 0, RolloutFnTrainOutput(samples=groups))
+    if name in ("GuidePlain", "Complete"):
+        assert (line["trained"], "position" in line) == ([[None, 0], [None, 1]], False)
+        assert not check_has_gaps(line)
+    else:
+        assert (line["trained"], line["position"]) == ([[0, 0], [0, 1]], [0, 2])
+
+
+def check_has_gaps(line):
+    return bool(list(ledger._gaps([line])))
 
 
 def test_loading_runs_no_code_from_the_file(args, tmp_path):
