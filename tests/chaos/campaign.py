@@ -192,7 +192,7 @@ class Campaign:
             status = driver.status()
             if pid is None or status is None or is_start(status) or not is_gone(pid):
                 continue
-            if replaced_at is None and (target == GRADING_CHILD or status.pids.get(target, pid) != pid):
+            if replaced_at is None and driver.pid_of(target) not in (None, pid):
                 replaced_at = status
             if replaced_at is not None and status.moment not in (replaced_at.moment, before.moment):
                 outcome.kind = "recovered"

@@ -81,7 +81,7 @@ class Driver:
         return self._status
 
     def pid_of(self, target: str) -> int | None:
-        """Of a process as it stands in status.json; of a grading child, which does not.
+        """Of a process as it stands in status.json, or of a grading child, which does not; None when it is gone.
 
         While a run starts status.json names nobody: then it is any process of that kind.
         """
@@ -90,7 +90,8 @@ class Driver:
         pids = status.pids if (status := self.status()) is not None else {}
         if target == GRADING_CHILD:
             return grading_child(pids.get("rollout manager"))
-        return pids.get(target) or self.family.find(_TITLES[target.rstrip(" 0123456789")])
+        pid = pids.get(target) if pids else self.family.find(_TITLES[target.rstrip(" 0123456789")])
+        return None if pid is None or is_gone(pid) else pid
 
 
 _TITLES = {

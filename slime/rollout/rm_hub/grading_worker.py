@@ -6,6 +6,7 @@ stopped from outside says nothing about the answer: the question is asked again.
 """
 
 import atexit
+import contextlib
 import json
 import logging
 import os
@@ -97,7 +98,8 @@ class _Worker:
             process.wait()
             for pipe in (process.stdin, process.stdout):
                 if pipe is not None:
-                    pipe.close()
+                    with contextlib.suppress(OSError):  # a question that was never read cannot be flushed
+                        pipe.close()
 
     def _start(self) -> "subprocess.Popen[bytes]":
         root = str(Path(__file__).parents[3])

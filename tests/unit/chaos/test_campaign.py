@@ -9,7 +9,7 @@ import pytest
 
 from tests.chaos.attacks import Attack
 from tests.chaos.campaign import Campaign, Limits, names, usual_times
-from tests.chaos.judge import of_metrics
+from tests.chaos.judge import missing_steps, of_metrics
 from tests.chaos.report import report
 from tests.chaos.tiny_run import TinyRun
 
@@ -47,7 +47,8 @@ def test_a_run_survives_its_engine_and_goes_on_after_its_driver_and_trainer(tmp_
     assert done.problems == []
     assert "3 attacks, no problem" in report(done.outcomes, done.problems)
     peaceful = campaign(tmp_path / "peaceful", [])
-    assert of_metrics(peaceful.run.folder, done.run.folder, NUM_ROLLOUT) == []
+    assert missing_steps(done.run.folder, NUM_ROLLOUT) == []
+    assert of_metrics(peaceful.run.folder, done.run.folder) == []
 
 
 @pytest.mark.parametrize(
@@ -67,7 +68,7 @@ def test_an_attack_that_goes_wrong_is_a_problem(tmp_path: Path, quirk: str, prob
 
 def test_a_step_that_is_lost_by_resuming_is_found(tmp_path: Path) -> None:
     done = campaign(tmp_path, [kill(0, "driver", "train", 2)], "forgets")
-    (difference,) = of_metrics(done.run.folder, done.run.folder, NUM_ROLLOUT)
+    (difference,) = missing_steps(done.run.folder, NUM_ROLLOUT)
     assert "steps [0, 1, 3, 4, 5]" in difference
 
 

@@ -302,6 +302,8 @@ def test_a_worker_that_is_killed_or_stopped_from_outside_costs_no_answer(
     (worker,) = grading_worker._started
     assert worker._process is not None
     os.kill(worker._process.pid, number)
+    if number == signal.SIGKILL:
+        os.waitid(os.P_PID, worker._process.pid, os.WEXITED | os.WNOWAIT)  # its end of the pipe is closed
     monkeypatch.setattr(
         grading_worker._Worker, "_start", with_time_to_start(grading_worker._Worker._start, monkeypatch)
     )
