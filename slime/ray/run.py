@@ -175,8 +175,19 @@ class Run:
     def _connect(self) -> None:
         if self._actor is None or self.args.debug_train_only:
             return
+        self._export_what_was_cut_off()
         self._actor.connect_engines(self._ask("engine_records", what="list its engines"))
         self.sync()
+
+    def _export_what_was_cut_off(self) -> None:
+        """A run may be killed between a checkpoint and its export: the resumed run begins after both, so makes it up."""
+        if not self.args.save_hf or self.args.load != self.args.save or not self.schedule.saved_before_start:
+            return
+        folder = self.args.save_hf.format(rollout_id=self.schedule.start - 1)
+        if not Path(folder).exists():
+            logger.info("exporting to %s, which the run had no time for", folder)
+            with self._clock.phase("save"):
+                self._actor.save_hf(folder)
 
     # ---- one step of the loop ----
 

@@ -50,6 +50,11 @@ class Schedule:
         saves = self.exports or self.save_interval is not None
         return saves and (rollout_id == self.stop - 1 or self._is_due(rollout_id, self.save_interval))
 
+    @property
+    def saved_before_start(self) -> bool:
+        """Whether a resumed run had to save after the rollout that it goes on from."""
+        return self.start > 0 and self.saves_after(self.start - 1)
+
     def syncs_after(self, rollout_id: int) -> bool:
         """Engines get new weights at the interval, before an evaluation, and at the end."""
         is_last = rollout_id == self.stop - 1

@@ -9,6 +9,12 @@ def test_intervals_count_finished_rollouts() -> None:
     assert [i for i in schedule if schedule.saves_after(i)] == [2, 5, 8, 9], "the last rollout is always saved"
 
 
+def test_a_resumed_run_knows_whether_its_checkpoint_was_made_by_the_interval() -> None:
+    """Else it was made on SIGTERM, which exports nothing."""
+    assert [i for i in range(5) if Schedule(start=i, stop=10, save_interval=3).saved_before_start] == [3]
+    assert Schedule(start=10, stop=10, save_interval=3).saved_before_start
+
+
 def test_the_end_of_an_epoch_counts_as_due() -> None:
     schedule = Schedule(start=0, stop=10, eval_interval=100, save_interval=100, rollouts_per_epoch=5)
     assert [i for i in schedule if schedule.evaluates_after(i)] == [4, 9]
