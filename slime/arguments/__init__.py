@@ -14,6 +14,7 @@ from slime.arguments.build import build_args, validate
 from slime.arguments.megatron_check import no_megatron_flag_is_ignored
 from slime.arguments.overrides import parse_megatron_role_args
 from slime.arguments.parser import CustomArguments, add_flag, reset_arg, slime_flags
+from slime.arguments.start_check import checkpoints_are_whole
 from slime.config import ConfigError, megatron_fields
 from slime.config.errors import Problems
 from slime.config.unbuilt import nothing_unbuilt_is_asked_for
@@ -100,7 +101,7 @@ def get_slime_extra_args_provider(
 
 def _refuse_what_would_do_nothing(args: Namespace) -> None:
     problems = Problems()
-    problems.check_all((nothing_unbuilt_is_asked_for, no_megatron_flag_is_ignored), args)
+    problems.check_all((nothing_unbuilt_is_asked_for, no_megatron_flag_is_ignored, checkpoints_are_whole), args)
     problems.raise_if_any()
 
 

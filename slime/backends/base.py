@@ -90,7 +90,11 @@ class Trainer(Protocol):
     def train(self, rollout_id: int, shard: dict[str, Any]) -> dict[str, float]:
         """Train on this rank's part of a rollout; the metrics are complete on every rank."""
 
-    def save(self, rollout_id: int) -> None: ...
+    def save(self, rollout_id: int) -> None:
+        """Write a checkpoint, or (--async-save) begin to: a later verb, or `finish_saves`, makes it count."""
+
+    def finish_saves(self, timeout_s: float | None = None) -> None:
+        """Wait until what was saved counts; `TimeoutError` after `timeout_s`."""
 
     def save_hf(self, path: str) -> None: ...
 

@@ -32,8 +32,8 @@ def checkpoint_kind(path: str) -> CheckpointKind:
     folder = Path(path)
     if not folder.is_dir():
         return "missing"
-    is_iteration = folder.name.startswith("iter_") and folder.name[5:].isdigit()
-    if (folder / "latest_checkpointed_iteration.txt").is_file() or is_iteration:
+    is_one = (folder.name.startswith("iter_") and folder.name[5:].isdigit()) or folder.name == "release"
+    if (folder / "latest_checkpointed_iteration.txt").is_file() or (is_one and (folder / "metadata.json").is_file()):
         return "megatron"
     return "huggingface" if (folder / "config.json").is_file() else "empty"
 

@@ -18,6 +18,8 @@ from slime.weight_sync.sync import SyncReport
 _DEVICE_SHARE = 0.4  # of a device; the engine on a shared device takes less than the rest
 
 _START_TIMEOUT_S = 600.0
+_SAVE_TIMEOUT_S = 3600.0
+_SAVE_GRACE_S = 60.0  # in which the ranks say themselves who is late
 _TRAIN_ENV = {
     "CUDA_DEVICE_MAX_CONNECTIONS": "1",
     "NCCL_CUMEM_ENABLE": "0",
@@ -115,6 +117,11 @@ class RayTrainGroup:
             rollout_id,
             what=f"save the checkpoint of rollout {rollout_id}",
         )
+
+    def finish_saves(self, timeout_s: float | None = _SAVE_TIMEOUT_S) -> None:
+        """Wait until what --async-save writes in the background counts as the newest checkpoint."""
+        deadline_s = None if timeout_s is None else timeout_s + _SAVE_GRACE_S
+        self._call("finish_saves", timeout_s, what="finish the checkpoint", timeout_s=deadline_s)
 
     def save_hf(self, path: str) -> None:
         self._call("save_hf", path, what=f"export to {path}")

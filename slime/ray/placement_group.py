@@ -132,6 +132,6 @@ def create_training_models(args: Namespace, groups: dict[str, Devices], rollout_
     if args.start_rollout_id is None:
         args.start_rollout_id = start_ids[0]
     actor.continue_versions(args.start_rollout_id)
-    if args.rollout_global_dataset and rollout_manager is not None and args.start_rollout_id > 0:
+    if rollout_manager is not None and args.start_rollout_id > 0:
         wait_for({_MANAGER: rollout_manager.load.remote(args.start_rollout_id - 1)}, "load the data position")
     return actor, None

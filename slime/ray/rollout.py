@@ -26,7 +26,9 @@ from slime.rollout.base_types import (
 from slime.rollout.data_source import load_data_source
 from slime.rollout.ledger import take_ledger_line
 from slime.rollout.progress import set_bar_factory
+from slime.rollout.random_state import load_random_state, save_random_state
 from slime.rollout.sample_hooks import set_current_rollout_id
+from slime.utils.checkpoint_folder import begin_save
 from slime.utils.http_utils import init_http_client
 from slime.utils.memory_utils import settle_objects
 from slime.utils.misc import Box, load_function
@@ -154,10 +156,15 @@ class RolloutController(Pulse):
         return line
 
     def save(self, rollout_id: int) -> None:
+        """The rollout's part of a checkpoint, before the trainer's: the data source's state, this process's chance."""
+        begin_save(self.args.save, rollout_id)
         self.data_source.save(rollout_id)
+        save_random_state(self.args.save, rollout_id)
 
     def load(self, rollout_id: int | None = None) -> None:
         self.data_source.load(rollout_id)
+        if rollout_id is not None and not getattr(self.args, "no_load_rng", False):
+            load_random_state(self.args.load, rollout_id)
 
     def offload(self) -> None:
         """Engines give their memory back."""

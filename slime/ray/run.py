@@ -222,7 +222,8 @@ class Run:
         self._trained = rollout_id
 
     def save(self, rollout_id: int) -> None:
-        """Checkpoint of the model and of the prompts' position; the HuggingFace export when asked for."""
+        """Checkpoint of the prompts' position, then of the model, which makes it count; the HuggingFace export
+        when asked for. With --async-save it counts when a later verb of the trainer finds it written."""
         if self._actor is None:
             return
         with self._clock.phase("save"):
@@ -230,19 +231,28 @@ class Run:
                 self._save_checkpoint(rollout_id)
             if self.args.save_hf:
                 self._actor.save_hf(self.args.save_hf.format(rollout_id=rollout_id))
+            if rollout_id == self.schedule.stop - 1:
+                self._finish_saves()
 
     def _save_checkpoint(self, rollout_id: int) -> None:
         """The step's record and the prompts' position first: once the trainer has written its part, all of it counts."""
         assert self._log is not None, "a save outside of `with Run(...)`"
         if self._logged != rollout_id:
             self._log.prepare(rollout_id, self._metrics, self._ledger)
-        if self.args.rollout_global_dataset:
-            self._ask("save", rollout_id, what="save the data position")
+        self._finish_saves()
+        self._ask("save", rollout_id, what="save the data position")
         self._actor.save_model(rollout_id)
         self._saved = rollout_id
 
+    def _finish_saves(self) -> None:
+        """Wait until what --async-save still writes counts."""
+        if self.args.async_save:
+            self._actor.finish_saves()
+
     def _save_before_leaving(self) -> str:
         """Save what was trained since the last checkpoint; says what became of the run."""
+        if self._actor is not None:
+            self._finish_saves()
         if self._actor is None or self._trained == self._saved:
             return f"left after SIGTERM; nothing was trained since {self._last_checkpoint()}."
         if not self.args.save:
@@ -253,6 +263,7 @@ class Run:
         self._turns.to_trainer(self._clock)
         with self._clock.phase("save"):
             self._save_checkpoint(self._trained)
+            self._finish_saves()
         return f"left after SIGTERM; saved {self._last_checkpoint()}. The same command line goes on from there."
 
     def _last_checkpoint(self) -> str:

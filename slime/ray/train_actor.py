@@ -92,6 +92,9 @@ class TrainRayActor(Pulse):
     def save_model(self, rollout_id: int) -> None:
         self.trainer.save(rollout_id)
 
+    def finish_saves(self, timeout_s: float | None = None) -> None:
+        self.trainer.finish_saves(timeout_s)
+
     def save_hf(self, path: str) -> None:
         self.trainer.save_hf(path)
 

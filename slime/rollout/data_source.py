@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from slime.rollout.sample_state import from_state, to_state
+from slime.utils.checkpoint_folder import rollout_state_path
 from slime.utils.data import Dataset
+from slime.utils.durable import partial_path, put_in_place
 from slime.utils.misc import load_function
 from slime.utils.processing_utils import load_processor, load_tokenizer
 from slime.utils.types import Sample
@@ -211,20 +213,29 @@ class RolloutDataSource(DataSource):
 
         path = _state_path(self.args.save, rollout_id)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        torch.save(self.state() if self._frozen is None else self._frozen, partial)
-        partial.replace(path)
+        torch.save(self.state() if self._frozen is None else self._frozen, partial_path(path))
+        put_in_place(partial_path(path), path)
 
     def load(self, rollout_id: int | None = None) -> None:
-        """Continue after `rollout_id` from the state in `<load>`; a missing file means from the beginning."""
+        """Continue after `rollout_id` from the state in `<load>`.
+
+        Raises:
+            ValueError: there is none, and it was not said (--finetune, --start-rollout-id) that the run starts anew.
+        """
         if not self.args.rollout_global_dataset or self.args.load is None or rollout_id is None:
             return
         import torch
 
         path = _state_path(self.args.load, rollout_id)
         if not path.is_file():
-            level = logging.INFO if rollout_id < 0 else logging.WARNING
-            logger.log(level, "no data source state at %s; prompts start from the beginning", path)
+            if not (rollout_id < 0 or _starts_where_told(self.args)):
+                raise ValueError(
+                    f"The checkpoint of rollout {rollout_id} in {self.args.load} has no data source state ({path} is "
+                    "missing), so prompts would be used twice. Give the state's file back, or begin with the first "
+                    "prompt: with the weights alone by --finetune, or at another rollout by --start-rollout-id "
+                    f"{rollout_id + 1}."
+                )
+            logger.info("no data source state at %s; prompts start from the beginning", path)
             return
         self.restore(torch.load(path, weights_only=True))
         logger.info(
@@ -390,7 +401,12 @@ def _refuse_unsupported(args: Namespace) -> None:
         )
 
 
+def _starts_where_told(args: Namespace) -> bool:
+    """Whether the command line says where to start, rather than the checkpoint."""
+    return getattr(args, "finetune", False) or getattr(args, "start_rollout_id", None) is not None
+
+
 def _state_path(folder: str | None, rollout_id: int) -> Path:
     if folder is None:
         raise ValueError("The data source has nowhere to save to: give --save.")
-    return Path(folder) / "rollout" / f"global_dataset_state_dict_{rollout_id}.pt"
+    return rollout_state_path(folder, rollout_id)

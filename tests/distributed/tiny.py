@@ -83,6 +83,8 @@ _OTHERS = {
     "recompute_granularity", "recompute_method", "recompute_num_layers", "virtual_pipeline_model_parallel_size",
     "data_pad_size_multiplier", "no_load_rng", "deterministic_mode", "microbatch_group_size_per_vp_stage",
     "ddp_bucket_size",
+    "async_save", "keep_last", "ckpt_step", "ref_ckpt_step", "allow_pickle_checkpoints",
+    "use_checkpoint_opt_param_scheduler", "lr_decay_iters",
 }  # fmt: skip
 
 

@@ -1,11 +1,13 @@
-"""Megatron's distributed checkpoints: model, optimizer, learning-rate schedule, random state; loadable in any layout.
+"""Checkpoints of a training job: model, optimizer, learning-rate schedule, random states; loadable in any layout.
 
-`{folder}/iter_0000012` appears by a rename when it is complete; `latest_checkpointed_iteration.txt` names the newest.
+`slime.utils.checkpoint_folder` says what lies where, and by which steps a checkpoint comes to count.
 """
 
-import queue
-import re
+import logging
 import shutil
+import threading
+import time
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,142 +15,223 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from slime.backends.megatron import optimizer_state
+from slime.backends.megatron.checkpoint_format import CheckpointWriter, CommonLoader, TensorLoader, load_common
 from slime.backends.megatron.model import unwrap
 from slime.backends.megatron.random_state import random_state, set_random_state
+from slime.utils.checkpoint_folder import Checkpoint, begin_files, check_space, commit, keep_newest
 
-LATEST_FILE = "latest_checkpointed_iteration.txt"
+logger = logging.getLogger(__name__)
+
 _METADATA = {
-    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_sharding_type": optimizer_state.SHARDING,
     "chained_optim_avoid_prefix": True,
     "singleton_local_shards": False,
 }
 """How optimizer states are cut: so that a checkpoint can be loaded with another number of ranks of any kind."""
+_SPACE_MARGIN_BYTES = 64 << 20
+"""For what describes the tensors, and for the rollout state."""
+
+optimizer_state.set_states_beside_step()
 
 
-def latest_iteration(folder: str | Path | None) -> int | None:
-    """The newest complete iteration in a checkpoint folder; None if the folder is none of Megatron's.
+# --- saving ----------------------------------------------------------------------------------------------------------
 
-    Raises:
-        ValueError: the tracker names an iteration that is not there.
+
+class Saver:
+    """Writes the checkpoints of a job, one at a time: while training waits, or (--async-save) behind it.
+
+    Every method is collective. With --async-save `save` copies what it writes, so that each rank holds that much more
+    memory until its file is written; a later verb of the trainer finds all ranks done and commits. An error in the
+    background is raised by that verb, on every rank.
     """
-    if folder is None or not (Path(folder) / LATEST_FILE).is_file():
-        return None
-    text = (Path(folder) / LATEST_FILE).read_text().strip()
-    if not text.isdigit() or not iteration_path(folder, int(text)).is_dir():
-        raise ValueError(
-            f"{Path(folder) / LATEST_FILE} names iteration {text!r}, but {folder} holds no complete checkpoint of that "
-            f"name (found: {', '.join(sorted(p.name for p in Path(folder).glob('iter_*'))) or 'none'}). "
-            "Write the number of one that is there into the file."
-        )
-    return int(text)
+
+    def __init__(self, args: Namespace) -> None:
+        self._folder = Path(args.save)
+        self._is_async = bool(getattr(args, "async_save", False))
+        self._keep_last: int | None = getattr(args, "keep_last", None)
+        self._pending: _Pending | None = None
+        self.protected: set[Path] = set()
+        """Checkpoints that the run loads from: --keep-last leaves them."""
+
+    def save(
+        self,
+        iteration: int,
+        models: Sequence[torch.nn.Module],
+        optimizer: MegatronOptimizer | None = None,
+        scheduler: OptimizerParamScheduler | None = None,
+    ) -> None:
+        """Write `{folder}/iter_{iteration:07d}`, after the save before it.
+
+        Args:
+            optimizer, scheduler: None saves the model alone (--no-save-optim).
+
+        Raises:
+            OSError: the room on the disk does not suffice; nothing was written.
+            RuntimeError: a rank could not write, and why.
+        """
+        self.finish()
+        pending = _Pending(self._folder, iteration, _state(models, optimizer, scheduler, iteration, is_loading=False))
+        if self._is_async:
+            pending.start()
+            self._pending = pending
+        else:
+            pending.write()
+            self._commit(pending)
+
+    def poll(self) -> None:
+        """Commit the save that is under way, if every rank has written its part."""
+        if self._pending is not None and _all_say(not self._pending.is_writing):
+            pending, self._pending = self._pending, None
+            self._commit(pending)
+
+    def finish(self, timeout_s: float | None = None) -> None:
+        """Wait for the save that is under way and commit it.
+
+        Raises:
+            TimeoutError: a rank is still writing after `timeout_s`.
+        """
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        pending.wait(timeout_s)
+        self._commit(pending)
+
+    def _commit(self, pending: "_Pending") -> None:
+        path = pending.commit()
+        if dist.get_rank() == 0:
+            logger.info("saved %s (%.1f s)", path, time.monotonic() - pending.started)
+            if self._keep_last is not None:
+                gone = keep_newest(self._folder, self._keep_last, pending.iteration, self.protected)
+                if gone:
+                    logger.info("--keep-last %d: deleted iterations %s", self._keep_last, gone)
+        dist.barrier()
 
 
-def find_iteration(path: str | Path | None, step: int | None = None) -> tuple[str, int | None]:
-    """(checkpoint folder, iteration to load); None as the iteration if `path` is no Megatron checkpoint.
+class _Pending:
+    """One checkpoint between its plan and its commit."""
 
-    Args:
-        path: the folder that holds iterations, or one `iter_0000012` in it.
-        step: the iteration that is wanted (--ckpt-step, --ref-ckpt-step); the newest when None.
+    def __init__(self, folder: Path, iteration: int, state: dict[str, Any]) -> None:
+        self.iteration, self.started = iteration, time.monotonic()
+        self._folder, self._thread, self._error = folder, None, ""
+        self._unfinished = Path(_from_rank_0(lambda: str(begin_files(folder, iteration))))
+        self._writer = CheckpointWriter(state, self._unfinished)
+        self._size_bytes = self._writer.size_bytes
+        needed = _total(self._size_bytes) + _SPACE_MARGIN_BYTES
+        try:
+            _from_rank_0(lambda: check_space(folder, needed, f"The checkpoint of rollout {iteration}"))
+        except OSError:
+            self._clean_up()
+            raise
 
-    Raises:
-        ValueError: the iteration is not there; names those that are.
-    """
-    if path is None:
-        return "", None
-    folder, wanted = Path(path), step
-    if re.fullmatch(r"iter_\d{7}", folder.name) and folder.is_dir():
-        wanted = int(folder.name.removeprefix("iter_")) if step is None else step
-        folder = folder.parent
-    else:
-        newest = latest_iteration(folder)
-        if newest is None or wanted is None:
-            return str(folder), newest
-    assert wanted is not None
-    if not iteration_path(folder, wanted).is_dir():
-        present = ", ".join(sorted(found.name for found in folder.glob("iter_*"))) or "none"
-        raise ValueError(f"{folder} holds no iteration {wanted}; there are: {present}. Give one of them.")
-    return str(folder), wanted
+    _thread: threading.Thread | None
+
+    def start(self) -> None:
+        """Copy, and write the copy in the background."""
+        self._writer.stage()
+        self._thread = threading.Thread(target=self.write, name=f"save {self.iteration}", daemon=True)
+        self._thread.start()
+
+    def write(self) -> None:
+        """Write this rank's part; what goes wrong is told by `commit`, on all ranks."""
+        try:
+            self._writer.write()
+        except Exception as error:
+            self._error = f"{type(error).__name__}: {error}"
+
+    @property
+    def is_writing(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def wait(self, timeout_s: float | None) -> None:
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+        late = [rank for rank, is_late in enumerate(_gathered(self.is_writing)) if is_late]
+        if late:
+            raise TimeoutError(
+                f"Training rank {late[0]} was still writing its {self._size_bytes / 2**30:.2f} GiB of the checkpoint "
+                f"of rollout {self.iteration} to {self._folder} after {time.monotonic() - self.started:.0f} s. The "
+                "checkpoint before it is the newest. A faster disk, or --no-save-optim, makes saving shorter."
+            )
+
+    def commit(self) -> Path:
+        """Make it the newest checkpoint.
+
+        Raises:
+            RuntimeError: a rank could not write.
+        """
+        errors = [f"rank {rank}: {error}" for rank, error in enumerate(_gathered(self._error)) if error]
+        if errors:
+            self._clean_up()
+            raise RuntimeError(
+                f"The checkpoint of rollout {self.iteration} was not saved to {self._folder} ({'; '.join(errors)}). "
+                "The one before it is untouched."
+            )
+        self._writer.finish()
+        return Path(_from_rank_0(lambda: str(commit(self._folder, self.iteration, self._unfinished))))
+
+    def _clean_up(self) -> None:
+        dist.barrier()
+        if dist.get_rank() == 0:
+            shutil.rmtree(self._unfinished, ignore_errors=True)
 
 
-def iteration_path(folder: str | Path, iteration: int) -> Path:
-    return Path(folder) / f"iter_{iteration:07d}"
-
-
-def save(
-    folder: str | Path,
-    iteration: int,
-    models: Sequence[torch.nn.Module],
-    optimizer: MegatronOptimizer | None = None,
-    scheduler: OptimizerParamScheduler | None = None,
-) -> Path:
-    """Write `{folder}/iter_{iteration:07d}`. Collective.
-
-    Args:
-        optimizer, scheduler: None saves the model alone (--no-save-optim).
-    """
-    final = iteration_path(folder, iteration)
-    unfinished = final.with_name(f".unfinished_{final.name}")
-    if dist.get_rank() == 0:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-    dist.barrier()
-    state = _sharded_state(models, optimizer, scheduler, iteration, is_loading=False)
-    filesystem_async._results_queue = queue.Queue()  # its own would be served by a spawned process
-    request = dist_checkpointing.save(state, str(unfinished), async_sharded_save=True, content_metadata=dict(_METADATA))
-    _write_here(request)
-    dist.barrier()
-    if dist.get_rank() == 0:
-        shutil.rmtree(final, ignore_errors=True)
-        unfinished.rename(final)
-        tracker = Path(folder) / LATEST_FILE
-        tracker.with_name(f".{LATEST_FILE}").write_text(f"{iteration}\n")
-        tracker.with_name(f".{LATEST_FILE}").rename(tracker)
-    dist.barrier()
-    return final
+# --- loading ---------------------------------------------------------------------------------------------------------
 
 
 def load(
-    folder: str | Path,
-    iteration: int,
+    checkpoint: Checkpoint,
     models: Sequence[torch.nn.Module],
     optimizer: MegatronOptimizer | None = None,
     scheduler: OptimizerParamScheduler | None = None,
+    *,
     with_random_state: bool = True,
+    allow_pickle: bool = False,
 ) -> None:
-    """Read an iteration into the model and, where given, optimizer, schedule and random state. Collective.
+    """Read a checkpoint into the model and, where given, optimizer, schedule and random state. Collective.
+
+    Args:
+        allow_pickle: also read what could run code that is in it (--allow-pickle-checkpoints).
 
     Raises:
-        ValueError: the checkpoint was saved without what is asked for.
+        ValueError: the checkpoint was saved without what is asked for, or is not safe to read.
     """
-    path = iteration_path(folder, iteration)
-    common = dist_checkpointing.load_common_state_dict(str(path))
+    path = checkpoint.path
+    common = load_common(path, allow_pickle=allow_pickle)
     if optimizer is not None:
         if not common.get("has_optimizer", False):
             raise ValueError(f"{path} was saved without the optimizer (--no-save-optim): give --no-load-optim.")
-        _make_first_states(optimizer)
-    state = _sharded_state(models, optimizer, scheduler, iteration, is_loading=True)
-    if not with_random_state or common.get("layout") != _layout():
-        state.pop("random_state", None)  # each rank's is its own; other ranks start from --seed
-    loaded = dist_checkpointing.load(state, str(path))
+        optimizer_state.make_first_states(optimizer)
+    state = _state(models, optimizer, scheduler, checkpoint.iteration or 0, is_loading=True)
+    _, state = extract_matching_values(state, lambda value: isinstance(value, ShardedObject))  # pickled, and empty
+    loaded = dist_checkpointing.load(
+        state,
+        str(path),
+        TensorLoader(allow_pickle=allow_pickle),
+        CommonLoader(allow_pickle=allow_pickle),
+        validate_access_integrity=False,  # each rank reads what it holds a part of
+    )
     for i, model in enumerate(models):
         unwrap(model).load_state_dict(loaded[f"model{i}"])
     if optimizer is not None:
+        own = optimizer_state.hyperparameters(optimizer)
         optimizer.load_state_dict(loaded["optimizer"])
-        _separate_step_counters(optimizer)
+        optimizer_state.separate_step_counters(optimizer)
+        if scheduler is None or not scheduler.use_checkpoint_opt_param_scheduler:
+            optimizer_state.set_hyperparameters(optimizer, own)
     if scheduler is not None:
         scheduler.load_state_dict(loaded["scheduler"])
-    if "random_state" in loaded:
-        set_random_state(loaded["random_state"])
+    states = common.get("random_states")
+    if with_random_state and scheduler is not None and states and common.get("layout") == _layout():
+        set_random_state(states[_place()])  # of other layouts each rank's is its own, and starts from --seed
 
 
-def _sharded_state(
+def _state(
     models: Sequence[torch.nn.Module],
     optimizer: MegatronOptimizer | None,
     scheduler: OptimizerParamScheduler | None,
@@ -156,22 +239,36 @@ def _sharded_state(
     *,
     is_loading: bool,
 ) -> dict[str, Any]:
-    state: dict[str, Any] = {"iteration": iteration, "has_optimizer": optimizer is not None, "layout": _layout()}
+    """Sharded tensors of everything, and plain data that is the same on all ranks."""
+    state: dict[str, Any] = {"content_metadata": dict(_METADATA)}
     for i, model in enumerate(models):
         state[f"model{i}"] = unwrap(model).sharded_state_dict(metadata=dict(_METADATA))
     if optimizer is not None:
-        state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=dict(_METADATA))
+        if not is_loading:
+            optimizer_state.make_first_states(optimizer)
+        model_state = {key: value for key, value in state.items() if key.startswith("model")}
+        state["optimizer"] = optimizer_state.sharded_optimizer_state(
+            optimizer, model_state, _METADATA, is_loading=is_loading
+        )
     if scheduler is not None:
         state["scheduler"] = scheduler.state_dict()
-        state["random_state"] = _sharded_random_state()
+    if not is_loading:
+        state |= {"iteration": iteration, "has_optimizer": optimizer is not None, "layout": _layout()}
+        if scheduler is not None:
+            state["random_states"] = _random_states()
     return state
 
 
-def _sharded_random_state() -> ShardedObject:
-    """One state a pipeline stage and tensor-parallel rank; data-parallel ranks share theirs."""
-    pp, tp = parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_tensor_model_parallel_rank()
-    replica = parallel_state.get_data_parallel_rank(with_context_parallel=True)
-    return ShardedObject("random_state", random_state(), _layout(), (pp, tp), replica_id=replica)
+def _random_states() -> dict[tuple[int, int], Any]:
+    """One a pipeline stage and tensor-parallel rank, by `_place`; data-parallel ranks share theirs. Collective."""
+    is_first = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
+    everyones = _gathered((_place(), random_state()) if is_first else None)
+    return dict(entry for entry in everyones if entry is not None)
+
+
+def _place() -> tuple[int, int]:
+    """Pipeline stage and tensor-parallel rank of this rank."""
+    return parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_tensor_model_parallel_rank()
 
 
 def _layout() -> tuple[int, int]:
@@ -182,67 +279,34 @@ def _layout() -> tuple[int, int]:
     )
 
 
-def _write_here(request: AsyncRequest) -> None:
-    """Write the files in this process. (Megatron's synchronous save forks writers, from a process full of threads.)"""
-    results: dict[int, Any] = {}
-    if request.async_fn is not None:
-        _, buckets, global_results = request.async_fn_args
-        transforms = request.async_fn.args[0]
-        for i, bucket in enumerate(buckets):
-            answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
-            count: queue.Queue[int] = queue.Queue()
-            count.put(i)
-            filesystem_async.FileSystemWriterAsync.write_preloaded_data(
-                transforms, i, bucket, answers, count, use_fsync=True
-            )
-            _, results[i] = answers.get()
-        errors = [result for result in results.values() if isinstance(result, Exception)]
-        global_results.put(errors[0] if errors else results)
-    for finalize in request.finalize_fns:
-        finalize()
+# --- between ranks ---------------------------------------------------------------------------------------------------
 
 
-def _make_first_states(optimizer: MegatronOptimizer) -> None:
-    """Give each parameter the state of an Adam that has made no step: Megatron loads into states that exist."""
-    for part in optimizer.chained_optimizers:
-        if part.optimizer is None:
-            continue
-        for group in part.optimizer.param_groups:
-            for parameter in group["params"]:
-                if not part.optimizer.state[parameter]:
-                    part.optimizer.state[parameter] = {
-                        "step": torch.tensor(0.0, device=parameter.device),
-                        "exp_avg": torch.zeros_like(parameter),
-                        "exp_avg_sq": torch.zeros_like(parameter),
-                    }
+def _gathered(value: Any) -> list[Any]:
+    everyones: list[Any] = [value] * dist.get_world_size()
+    if len(everyones) > 1:
+        dist.all_gather_object(everyones, value)
+    return everyones
 
 
-def _separate_step_counters(optimizer: MegatronOptimizer) -> None:
-    """torch's Adam counts steps in one tensor a parameter. Loading gave all of them the same one, which each step would
-    then have increased once for every parameter."""
-    for part in optimizer.chained_optimizers:
-        if part.optimizer is None:
-            continue
-        for state in part.optimizer.state.values():
-            if isinstance(state.get("step"), torch.Tensor):
-                state["step"] = state["step"].clone()
+def _from_rank_0(work: Any) -> Any:
+    """What `work` returns on rank 0, on every rank; its error likewise. The other ranks wait for it."""
+    outcome: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            outcome = [work()]
+        except (OSError, ValueError) as error:
+            outcome = [error]
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(outcome, src=0)
+    if isinstance(outcome[0], Exception):
+        raise outcome[0]
+    return outcome[0]
 
 
-def _set_states_beside_step() -> None:
-    """Megatron 0.16 sets every state of a loaded parameter from the checkpoint and fails on `step`, which torch's Adam
-    has and Transformer Engine's has not. (It can go when Megatron skips states that it did not save.)"""
-    original = DistributedOptimizer._set_main_param_and_optimizer_states
-
-    def set_states(self: DistributedOptimizer, model_param: torch.nn.Parameter, tensors: dict[str, Any]) -> None:
-        group, order = self.model_param_group_index_map[model_param]
-        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
-        if "step" in state and "step" not in tensors:
-            tensors = {"step": state["step"], **tensors}
-        original(self, model_param, tensors)
-
-    if not getattr(original, "knows_step", False):
-        set_states.knows_step = True  # type: ignore[attr-defined]
-        DistributedOptimizer._set_main_param_and_optimizer_states = set_states
+def _total(size_bytes: int) -> int:
+    return sum(_gathered(size_bytes))
 
 
-_set_states_beside_step()
+def _all_say(fact: bool) -> bool:
+    return all(_gathered(fact))

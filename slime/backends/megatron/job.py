@@ -29,6 +29,7 @@ from slime.backends.megatron.weights import MegatronWeights, load_hf_weights
 from slime.models.families import family_of
 from slime.models.hf_folder import save_hf_folder
 from slime.models.shape import read_config
+from slime.utils.checkpoint_folder import Checkpoint, find_checkpoint
 from slime.utils.misc import load_function
 
 logger = logging.getLogger(__name__)
@@ -62,6 +63,7 @@ class TrainingJob:
         self.weights = MegatronWeights(self.models, family, shape)
         self.memory = TrainingMemory(self.models, self.optimizer, accelerator)
         self.reference: HostWeights | None = None
+        self._saver = checkpoint.Saver(args) if getattr(args, "save", None) else None
         self._device = accelerator.device
         self._packer = Packer(args, self.parallel_config, accelerator.device)
         self._loss_function = get_loss_function(args)
@@ -106,8 +108,8 @@ class TrainingJob:
         """
         args = self.args
         load = getattr(args, "load", None)
-        folder, iteration = checkpoint.find_iteration(load, getattr(args, "ckpt_step", None))
-        initial = load if iteration is None and _is_hf_folder(load) else args.hf_checkpoint
+        found = find_checkpoint(load, getattr(args, "ckpt_step", None))
+        initial = load if found is None and _is_hf_folder(load) else args.hf_checkpoint
         if needs_ref_log_probs(args):
             reference = getattr(args, "ref_load", None) or initial
             self._load_weights(reference, getattr(args, "ref_ckpt_step", None))
@@ -115,44 +117,68 @@ class TrainingJob:
         else:
             reference = None
         start = getattr(args, "start_rollout_id", None)
-        if iteration is not None:
-            self._load_checkpoint(folder, iteration)
-            first = 0 if getattr(args, "finetune", False) else iteration + 1
+        first = 0
+        if found is not None:
+            self._load_checkpoint(found)
+            if found.iteration is not None and not getattr(args, "finetune", False):
+                first = found.iteration + 1
         else:
             if reference is None or Path(reference).resolve() != Path(initial).resolve():
                 self._load_weights(initial)
             self.optimizer.reload_model_params()
-            first = 0
         return first if start is None else int(start)
 
     def _load_weights(self, path: str, step: int | None = None) -> None:
         """Weights alone, from a HuggingFace folder or an iteration (the newest unless given) of a Megatron one."""
-        folder, iteration = checkpoint.find_iteration(path, step)
-        if iteration is None:
+        found = find_checkpoint(path, step, flag="--ref-ckpt-step")
+        if found is None:
             load_hf_weights(self.models, path)
         else:
-            checkpoint.load(folder, iteration, self.models)
+            self._note_use(found)
+            checkpoint.load(found, self.models, allow_pickle=self._allows_pickle)
 
-    def _load_checkpoint(self, folder: str, iteration: int) -> None:
-        """A checkpoint of a run: to go on with it, or (--finetune, --no-load-optim) its weights alone."""
+    def _load_checkpoint(self, found: Checkpoint) -> None:
+        """A checkpoint of a run: to go on with it, or (--finetune, --no-load-optim, `release`) its weights alone."""
         args = self.args
-        if getattr(args, "finetune", False) or getattr(args, "no_load_optim", False):
-            checkpoint.load(folder, iteration, self.models)
+        self._note_use(found)
+        if getattr(args, "finetune", False) or getattr(args, "no_load_optim", False) or found.iteration is None:
+            checkpoint.load(found, self.models, allow_pickle=self._allows_pickle)
             self.optimizer.reload_model_params()
             return
         with_random_state = not getattr(args, "no_load_rng", False)
-        checkpoint.load(folder, iteration, self.models, self.optimizer, self.scheduler, with_random_state)
+        checkpoint.load(
+            found, self.models, self.optimizer, self.scheduler,
+            with_random_state=with_random_state, allow_pickle=self._allows_pickle,
+        )  # fmt: skip
+
+    def _note_use(self, found: Checkpoint) -> None:
+        if self._saver is not None:
+            self._saver.protected.add(found.path)
+
+    @property
+    def _allows_pickle(self) -> bool:
+        return bool(getattr(self.args, "allow_pickle_checkpoints", False))
 
     def save(self, rollout_id: int) -> None:
-        if not self.args.save:
+        if self._saver is None:
             raise ValueError("There is no folder to save to: give --save.")
         self.memory.restore()
         if getattr(self.args, "no_save_optim", False):
-            checkpoint.save(self.args.save, rollout_id, self.models)
+            self._saver.save(rollout_id, self.models)
         else:
-            checkpoint.save(self.args.save, rollout_id, self.models, self.optimizer, self.scheduler)
+            self._saver.save(rollout_id, self.models, self.optimizer, self.scheduler)
+
+    def poll_saves(self) -> None:
+        """Commit what --async-save wrote in the background, once every rank has."""
+        if self._saver is not None:
+            self._saver.poll()
+
+    def finish_saves(self, timeout_s: float | None = None) -> None:
+        if self._saver is not None:
+            self._saver.finish(timeout_s)
 
     def save_hf(self, path: str) -> None:
+        self.poll_saves()
         buckets = self.weights.buckets(_SAVE_BUCKET_BYTES)
         if self.rank == 0:
             save_hf_folder(path, self.args.hf_checkpoint, buckets)
@@ -168,6 +194,7 @@ class TrainingJob:
 
     def train(self, rollout_id: int, shard: dict[str, Any]) -> dict[str, float]:
         args = self.args
+        self.poll_saves()
         self.memory.restore()
         self._stopwatch.reset()
         with self._stopwatch.timed("data_preprocess"):

@@ -90,8 +90,24 @@ class MegatronTrainer:
         return self.job.weights
 
     def save(self, rollout_id: int) -> None:
-        """Write `{--save}/iter_{rollout_id:07d}`: model, optimizer, schedule and random state."""
+        """Write `{--save}/iter_{rollout_id:07d}`: model, optimizer, schedule and random state.
+
+        With --async-save it returns when what is to be written is copied; a later verb commits it.
+
+        Raises:
+            OSError: the disk has not the room.
+            RuntimeError: a rank could not write.
+        """
         self.job.save(rollout_id)
+
+    def finish_saves(self, timeout_s: float | None = None) -> None:
+        """Wait until what was saved counts as the newest checkpoint.
+
+        Raises:
+            TimeoutError: a rank was still writing after `timeout_s`.
+            RuntimeError: a rank could not write.
+        """
+        self.job.finish_saves(timeout_s)
 
     def save_hf(self, path: str) -> None:
         """Write a HuggingFace folder, with the other files of --hf-checkpoint."""

@@ -80,7 +80,7 @@ class CheckpointConfig:
     save_interval: int | None = None
     """Rollouts between checkpoints."""
     async_save: bool = False
-    """Write checkpoints in the background."""
+    """Write checkpoints in the background, from a copy that takes as much memory as the checkpoint has bytes."""
     no_save_optim: bool = False
     """Leave the optimizer's state out of checkpoints."""
     save_hf: str | None = None
@@ -89,6 +89,9 @@ class CheckpointConfig:
     """Reference model for KL terms (Megatron or HuggingFace). Default: what the actor starts from."""
     ref_ckpt_step: int | None = None
     """Iteration to load from a Megatron --ref-load. Default: the newest."""
+    allow_pickle_checkpoints: bool = False
+    """Also load Megatron checkpoints that hold more than plain data, which can run code: give it only where you trust
+    who made them."""
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,12 @@ def test_a_flag_has_its_type_and_default(name: str, kind: str, default: str) -> 
 
 
 def test_the_other_flags_of_slimes_own_are_these() -> None:
-    assert set(OWN) - {name for name, _, _ in LINES} == {"--share-group-prompts", "--trust-remote-code", "--liveness-timeout"}
+    assert set(OWN) - {name for name, _, _ in LINES} == {
+        "--allow-pickle-checkpoints",
+        "--liveness-timeout",
+        "--share-group-prompts",
+        "--trust-remote-code",
+    }
 
 
 @pytest.mark.parametrize("line", MEGATRON.strip().splitlines())

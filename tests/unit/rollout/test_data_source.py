@@ -1,5 +1,7 @@
 """Data sources: the order of prompts over epochs, the buffer, resuming, and users' own classes."""
 
+from argparse import Namespace
+
 import numpy as np
 import pytest
 import torch
@@ -175,12 +177,16 @@ def test_loading_runs_no_code_from_the_file(args, tmp_path):
     assert plugins.calls == []
 
 
-def test_a_missing_state_means_from_the_beginning(args):
+def test_a_missing_state_is_refused_unless_the_run_starts_where_it_is_told(args):
     source = RolloutDataSource(args)
     source.load(-1)
-    source.load(7)
     source.load(None)
-    assert letters(source.get_samples(1)) == "a"
+    with pytest.raises(ValueError, match=r"rollout 7 in .* no data source state .*--finetune.*--start-rollout-id 8"):
+        source.load(7)
+    for flag in ({"start_rollout_id": 8}, {"finetune": True}):
+        source = RolloutDataSource(Namespace(**(vars(args) | flag)))
+        source.load(7)
+        assert letters(source.get_samples(1)) == "a"
 
 
 def test_a_state_of_a_source_without_buffer_is_accepted(args, tmp_path):
