@@ -235,7 +235,7 @@ class Run:
                 self._finish_saves()
 
     def _save_checkpoint(self, rollout_id: int) -> None:
-        """The step's record and the prompts' position first: once the trainer has written its part, all of it counts."""
+        """The step's record and the prompts' position first: once the trainer has written its part, it all counts."""
         assert self._log is not None, "a save outside of `with Run(...)`"
         if self._logged != rollout_id:
             self._log.prepare(rollout_id, self._metrics, self._ledger)
