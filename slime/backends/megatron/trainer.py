@@ -49,6 +49,8 @@ class MegatronTrainer:
         if self.accelerator.device.type == "cpu" and threads:
             torch.set_num_threads(threads)
         self.accelerator.install()
+        if getattr(self.args, "deterministic_mode", False):
+            self.accelerator.make_deterministic()
         from slime.backends.megatron.job import TrainingJob
 
         self._job = TrainingJob(self.args, self.accelerator, self.rank, self.world_size, *self._address)

@@ -34,6 +34,8 @@ PUBLISHED = {
     "qwen3-32B": ("Qwen3ForCausalLM", 64, 5120, 25600, 64, 8, 1000000, 1e-6, False),
 }
 
+VOCABULARY = {"qwen2.5-7B": 152064, "qwen2.5-32B": 152064}  # the others' go by their family
+
 
 def model_args(script: Path) -> list[str]:
     """The array that a script defines, as bash expands it."""
@@ -73,6 +75,10 @@ def test_a_model_script_describes_the_published_model(
     assert (args.rotary_base, args.norm_epsilon) == (base, eps)
     assert args.untie_embeddings_and_output_weights is not is_tied
     assert args.swiglu and not args.add_bias_linear and args.normalization == "RMSNorm"
+    assert args.vocab_size == VOCABULARY.get(name, 128256 if name.startswith("llama") else 151936)
+    assert args.kv_channels == (hidden // heads if name.startswith("qwen2.5") else 128)
+    assert args.qk_layernorm is name.startswith("qwen3") and args.add_qkv_bias is name.startswith("qwen2.5")
+    assert args.use_rope_scaling is name.startswith("llama")
 
 
 def test_a_model_script_and_config_json_give_the_same_args(

@@ -1,6 +1,7 @@
 """The plan of a rollout's training: every sample once, caps kept, equal counts on all ranks."""
 
 import itertools
+import statistics
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from slime.data.batch import split_train_data_by_dp
 from slime.data.packing import num_packed_tokens, prompt_keys
 from slime.data.schedule import SharedPrompts, build_dp_schedule, shares_prompts
 from slime.data.train_data import convert_samples_to_train_data
+from slime.utils.flops_utils import calculate_fwd_flops
 
 ONE = {"dp_size": 1}
 FIXTURES_ARE_FACTORIES = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
@@ -164,6 +166,46 @@ def test_balancing_gives_ranks_equal_work_that_dealing_in_turn_does_not(make_arg
     args.balance_data = True
     balanced = build_dp_schedule(args, {"dp_size": 2}, totals, **plan)
     assert [sum(totals[i] for i in p) for p in balanced.partitions] == [9, 9]
+
+
+MODEL = dict(
+    num_layers=36, hidden_size=2560, ffn_hidden_size=9728, num_attention_heads=32, num_query_groups=8, kv_channels=128,
+    vocab_size=151936,
+)  # fmt: skip
+"""Of a size where attention over long sequences costs as much as the matrices."""
+
+
+def imbalance(args, schedule, totals: list[int]) -> float:
+    """FLOPs of the rank that has most over the mean, less 1: the share of a step that the others wait."""
+    work = [calculate_fwd_flops([totals[i] for i in partition], args) for partition in schedule.partitions]
+    return max(work) * len(work) / sum(work) - 1
+
+
+@pytest.mark.parametrize("how", [dict(balance_data=True), dict(balance_by_flops=True, balance_data=True)])
+def test_ranks_wait_less_for_each_other_than_in_plain_order(make_args, how: dict[str, bool]) -> None:
+    """Long-tailed responses on 8 ranks, many steps: with the work balanced, ranks wait for each other at most a quarter
+    of what they wait in plain order."""
+    plain, balanced = [], []
+    for seed in range(20):
+        lengths = torch.distributions.LogNormal(7.0, 0.9)
+        torch.manual_seed(seed)
+        totals = lengths.sample((256,)).clamp(64, 16384).int().tolist()
+        plan = dict(global_batch_size=256, rollout_indices=range(256))
+        for found, flags in ((plain, {}), (balanced, how)):
+            args = make_args(max_tokens_per_gpu=16384, **MODEL, **flags)
+            found.append(imbalance(args, build_dp_schedule(args, {"dp_size": 8}, totals, **plan), totals))
+    print(f"{how}: ranks wait {statistics.mean(balanced):.4f} of a step, {statistics.mean(plain):.4f} in plain order")
+    assert statistics.mean(balanced) < statistics.mean(plain) / 4
+
+
+def test_work_is_balanced_not_tokens(make_args) -> None:
+    """One sequence of 12,000 tokens is more work than twelve of 1,000, and the ranks' tokens differ accordingly."""
+    totals = [12_000, 12_000, *[1_000] * 24]
+    args = make_args(max_tokens_per_gpu=1, balance_data=True, **MODEL)
+    plan = dict(global_batch_size=26, rollout_indices=range(26))
+    schedule = build_dp_schedule(args, {"dp_size": 2}, totals, **plan)
+    assert imbalance(args, schedule, totals) < 0.01
+    assert all(max(totals[i] for i in partition) == 12_000 for partition in schedule.partitions)
 
 
 def test_a_sample_beyond_the_cap_is_alone_and_announced(make_args, caplog) -> None:

@@ -27,6 +27,9 @@ class Accelerator(Protocol):
     def install(self) -> None:
         """Prepare this process; call before megatron is imported. Repeating it does nothing."""
 
+    def make_deterministic(self) -> None:
+        """The same work gives the same bits (--deterministic-mode); call before the first product."""
+
     def synchronize(self) -> None:
         """Wait until the device has done what it was given."""
 

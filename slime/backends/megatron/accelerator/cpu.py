@@ -44,6 +44,14 @@ class CpuAccelerator:
         _override_dispatcher_splits()
         _override_collectives_of_one()
 
+    def make_deterministic(self) -> None:
+        """Sums over indices in one order. (Products and gloo's reductions have one already, for the same number of
+        threads, which the plan shares out, and of ranks.)"""
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = (
+            False  # nothing reads it; filling costs passes over memory
+        )
+
     def synchronize(self) -> None:
         pass
 

@@ -1,5 +1,7 @@
 """CUDA as Megatron expects it: nothing to override."""
 
+import os
+
 import torch
 
 from slime.backends.megatron.accelerator.base import MemoryFacts
@@ -15,6 +17,16 @@ class CudaAccelerator:
 
     def install(self) -> None:
         torch.cuda.set_device(self.device)
+
+    def make_deterministic(self) -> None:
+        """cuBLAS with its own workspaces, NCCL with one algorithm, kernels without atomic sums; what the environment
+        says already is kept. cuBLAS and NCCL read it when they start."""
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault("NCCL_ALGO", "Ring")
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = (
+            False  # nothing reads it; filling costs passes over memory
+        )
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.device)
