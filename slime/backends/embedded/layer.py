@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from slime.backends.embedded.attention import CachedAttention
 from slime.backends.embedded.linear import FusedRMSNorm, StackedLinear
 
+DECODER_PARTS = {"embed_tokens", "layers", "norm", "rotary_emb"}
 LAYER_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 ATTENTION_PARTS = {"q_proj", "k_proj", "v_proj", "o_proj"}
 HEAD_NORMS = {"q_norm", "k_norm"}
@@ -41,11 +42,13 @@ class FusedDecoderLayer(nn.Module):
 
     def forward(self, hidden_states: Tensor, *, position_embeddings: tuple[Tensor, Tensor], **_: Any) -> Tensor:
         """hidden_states [1, T, hidden] -> the same shape."""
-        x = hidden_states[0]
+        return self.compute(hidden_states[0], *self._attention.rotation(position_embeddings))[None]
+
+    def compute(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x [T, hidden], cos and the sine signed for swapped halves [T, 1, D] -> [T, hidden]."""
         num_tokens, num_query, num_key = x.shape[0], self._num_query, self._num_key
-        norm_in, norm_mid = self._norms
+        norm_in, norm_mid = self._norms[0].forward, self._norms[1].forward  # without the hooks of a module call
         heads = self._qkv.product(norm_in(x)).view(num_tokens, -1, self._head_dim)
-        cos, sin = self._attention.rotation(position_embeddings)
         if self._head_norms is None:
             rotated = _rotate(heads[:, : num_query + num_key], cos, sin)
             query, key = rotated[:, :num_query], rotated[:, num_query:]
@@ -62,7 +65,36 @@ class FusedDecoderLayer(nn.Module):
         )
         x = x + self._out.product(attended.reshape(num_tokens, -1))
         gate, up = self._gate_up.product(norm_mid(x)).chunk(2, dim=-1)
-        return (x + self._down.product(F.silu(gate).mul_(up)))[None]
+        return x + self._down.product(F.silu(gate).mul_(up))
+
+
+class FusedPass:
+    """From tokens to logits through fused layers, without the masks, caches and records of transformers' forward.
+
+    It stands for that forward only if the whole model computes the same (tried at start-up, as the layers are).
+    """
+
+    def __init__(self, module: Any, attention: CachedAttention) -> None:
+        decoder = module.get_decoder()
+        self._embedding, self._rotary, self._norm = decoder.embed_tokens, decoder.rotary_emb, decoder.norm
+        self._layers: list[FusedDecoderLayer] = list(decoder.layers)
+        self._head: StackedLinear = module.get_output_embeddings()
+        self._attention = attention
+
+    def logits(self, tokens: Tensor, positions: Tensor, keep: Tensor | None) -> Tensor:
+        """tokens and positions [T], keep: which of the T, or None for all -> [len(keep), V]."""
+        x = self._embedding(tokens)
+        cos, sin = self._attention.rotation(self._rotary(x[None], positions[None]))
+        for layer in self._layers:
+            x = layer.compute(x, cos, sin)
+        return self._head.product(self._norm(x if keep is None else x[keep]))
+
+
+def can_pass(module: Any) -> bool:
+    """Whether a model with fused layers has exactly the parts of `FusedPass`."""
+    parts = {name for name, _ in module.get_decoder().named_children()}
+    head = module.get_output_embeddings()
+    return parts == DECODER_PARTS and isinstance(head, StackedLinear) and len(head.sizes) == 1
 
 
 def _rotate(heads: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:

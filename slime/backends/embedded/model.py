@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from slime.backends.embedded.attention import Batch, CachedAttention, ShapeProbe
 from slime.backends.embedded.cache import KVShape, SlotCache
-from slime.backends.embedded.layer import FusedDecoderLayer, can_be_fused
+from slime.backends.embedded.layer import FusedDecoderLayer, FusedPass, can_be_fused, can_pass
 from slime.backends.embedded.linear import FusedRMSNorm, LinearPart, StackedLinear
 from slime.backends.embedded.weights import ServedWeights, load_folder
 
@@ -52,6 +52,7 @@ class ServedModel:
         self.module.eval().requires_grad_(False)
         self.is_tied = bool(self.text_config.tie_word_embeddings)
         self.weights = _replace_layers(self.module, dtype, self.is_tied)
+        self.fused_pass: FusedPass | None = None
         if load:
             load_folder(self.weights, self.path, is_tied=self.is_tied)
             self.cache_shapes = self._probe()
@@ -84,6 +85,8 @@ class ServedModel:
             logits [len(keep), V] in the served dtype.
         """
         self.attention.batch, self.attention.cache = batch, cache
+        if self.fused_pass is not None:
+            return self.fused_pass.logits(torch.as_tensor(tokens), torch.as_tensor(positions), keep)
         return self.module(
             input_ids=torch.as_tensor(tokens)[None],
             position_ids=torch.as_tensor(positions)[None],
@@ -105,21 +108,29 @@ class ServedModel:
         return [probe.shapes[layer] for layer in range(num_layers)]
 
     def _fuse_layers(self) -> bool:
-        """Replace the decoder layers by fused ones if the model computes the same with them; returns whether."""
+        """Replace the decoder layers, then the pass over them, where the model computes the same; returns whether."""
         layers = getattr(self.module.get_decoder(), "layers", None)
         if not isinstance(layers, nn.ModuleList) or not all(can_be_fused(layer) for layer in layers):
             return False
         tokens = torch.randint(self.vocab_size, (len(TRIAL_POSITIONS),), generator=torch.Generator().manual_seed(0))
         originals, probe = list(layers), ShapeProbe()
         expected = self.logits(tokens.tolist(), TRIAL_POSITIONS, None, probe, None).float()
+
+        def is_same() -> bool:
+            got = self.logits(tokens.tolist(), TRIAL_POSITIONS, None, probe, None).float()
+            return float((got - expected).norm() / expected.norm()) < TRIAL_TOLERANCE[self.dtype]
+
         for index, layer in enumerate(originals):
             layers[index] = FusedDecoderLayer(layer, self.attention, index, probe.windows[index])
-        got = self.logits(tokens.tolist(), TRIAL_POSITIONS, None, probe, None).float()
-        if float((got - expected).norm() / expected.norm()) < TRIAL_TOLERANCE[self.dtype]:
-            return True
-        for index, layer in enumerate(originals):
-            layers[index] = layer
-        return False
+        if not is_same():
+            for index, layer in enumerate(originals):
+                layers[index] = layer
+            return False
+        if can_pass(self.module):
+            self.fused_pass = FusedPass(self.module, self.attention)
+            if not is_same():
+                self.fused_pass = None
+        return True
 
 
 def _refuse_unserved(config: Any) -> None:
