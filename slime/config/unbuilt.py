@@ -53,7 +53,8 @@ UNBUILT: dict[str, tuple[_Test, str]] = {
     "keep_old_actor": (_is_on, "leave it out"),
     "rollout_data_transport": (_not("object-store"), "use object-store"),
     "rollout_external_engine_addrs": (_is_on, "slime starts its engines itself; leave it out"),
-    "sglang_api_key": (_is_on, "slime's own calls would carry no key; leave it out"),
+    "sglang_admin_api_key": (_is_on, "slime's calls carry one key; use --sglang-api-key"),
+    "router_api_key": (_is_on, "router and engines share one key; use --sglang-api-key"),
     "model_name": (_is_on, "the family of a model is read from its config.json; leave it out"),
     "rollout_top_p": (
         _not(1.0), "training needs the kept tokens of each step, which stock engines do not return; leave it at 1"
@@ -105,7 +106,7 @@ def nothing_unbuilt_is_asked_for(args: Namespace) -> None:
     problems.raise_if_any()
 
 
-_SECRET = {"sglang_api_key"}
+_SECRET = {"sglang_admin_api_key", "router_api_key"}
 
 
 def _of_the_devices(args: Namespace) -> Iterator[str]:

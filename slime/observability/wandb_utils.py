@@ -71,7 +71,10 @@ def _run_name(args: argparse.Namespace, run_dir: Path) -> str:
     return f"{group}-{secrets.token_hex(3)}" if getattr(args, "wandb_random_suffix", False) else group
 
 
+_KEYS = ("wandb_key", "api_key", "api_keys")
+
+
 def _plain_config(args: argparse.Namespace) -> dict[str, Any]:
-    """What W&B may show of the arguments: plain values, and no key to an account."""
+    """What W&B may show of the arguments: plain values, and no key to an account or a server."""
     plain = (str, int, float, bool, list, tuple, dict, type(None))
-    return {k: v for k, v in sorted(vars(args).items()) if isinstance(v, plain) and k != "wandb_key"}
+    return {k: v for k, v in sorted(vars(args).items()) if isinstance(v, plain) and not k.endswith(_KEYS)}

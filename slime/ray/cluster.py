@@ -3,11 +3,13 @@
 import contextlib
 import logging
 import os
+import secrets
 from argparse import Namespace
 
 import ray
 
 from slime.config import ConfigError
+from slime.utils.api_key import take_api_key
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +31,7 @@ def start(args: Namespace) -> None:
     Raises:
         ConfigError: the cluster has fewer devices than the plan needs.
     """
+    take_api_key(args)
     if ray.is_initialized():
         return
     if os.environ.get("RAY_ADDRESS"):
@@ -39,6 +42,10 @@ def start(args: Namespace) -> None:
 
 
 def _start_here(args: Namespace) -> None:
+    if not any(name.startswith("RAY_AUTH_") for name in os.environ):
+        # Who may talk to Ray may run code here: other users of the machine must not. Ray's own token would be a file
+        # in the home folder that they can often read; the environment is this user's.
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     resources = {CPU_DEVICE: args.cpu_devices} if args.device == "cpu" else {}
     ray.init(
         address="local",

@@ -28,6 +28,7 @@ from slime.rollout.ledger import take_ledger_line
 from slime.rollout.progress import set_bar_factory
 from slime.rollout.random_state import load_random_state, save_random_state
 from slime.rollout.sample_hooks import set_current_rollout_id
+from slime.utils.api_key import take_api_key
 from slime.utils.checkpoint_folder import begin_save
 from slime.utils.http_utils import init_http_client
 from slime.utils.memory_utils import settle_objects
@@ -44,6 +45,7 @@ class RolloutController(Pulse):
         logging_utils.configure_logger(prefix="rollout")
         logging_utils.init_tracking(args, primary=False)
         self.args = args
+        take_api_key(args)
         self._parallel_config: dict[str, int] = {}
         self._ledger: dict[str, Any] | None = None
         self._devices = devices

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import socket
 import warnings
 from argparse import Namespace
 from typing import Any
@@ -13,7 +12,9 @@ from slime.backends.base import Trainer
 from slime.observability.logging_utils import configure_logger
 from slime.ray.engines import EngineRecord
 from slime.ray.liveness import Pulse
+from slime.utils.api_key import take_api_key
 from slime.utils.memory_utils import settle_objects
+from slime.utils.processes import free_port
 from slime.weight_sync.sync import SyncReport, WeightSync
 
 
@@ -22,6 +23,7 @@ class TrainRayActor(Pulse):
 
     def __init__(self, args: Namespace, rank: int, world_size: int, role: str = "actor") -> None:
         configure_logger(prefix=f"{role} {rank}")
+        take_api_key(args)
         _quiet_megatron()
         self._args, self._rank, self._world_size, self._role = (
             args,
@@ -35,9 +37,7 @@ class TrainRayActor(Pulse):
     def get_master_addr_and_port(self) -> tuple[str, int]:
         """Where rank 0 will listen for the other ranks."""
         host = ray.util.get_node_ip_address()
-        with socket.socket() as probe:
-            probe.bind((host, 0))
-            return host, probe.getsockname()[1]
+        return host, free_port(host)
 
     def pid_and_host(self) -> tuple[int, str]:
         return os.getpid(), socket.gethostname()

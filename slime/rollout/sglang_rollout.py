@@ -32,6 +32,7 @@ from slime.rollout.sampling import (
     sample_seed,
     session_id,
 )
+from slime.utils.api_key import is_own_server
 from slime.utils.async_utils import run
 from slime.utils.data import Dataset
 from slime.utils.eval_config import EvalDatasetConfig
@@ -401,7 +402,9 @@ def _keeps_unfinished(args: Namespace) -> bool:
 
 async def _worker_urls(args: Namespace) -> list[str]:
     reply = await get(get_model_url(args, endpoint="/workers"))
-    return [worker["url"] for worker in reply["workers"]]
+    urls = [worker["url"] for worker in reply["workers"]]
+    is_own_server(*urls)
+    return urls
 
 
 # ---- evaluation ----

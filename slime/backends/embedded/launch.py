@@ -10,6 +10,7 @@ from pathlib import Path
 
 import slime
 from slime.backends.base import EngineSpec
+from slime.utils.api_key import key_environment
 
 KV_MEMORY_SHARE_ON_HOST = 0.3
 """Largest part of a host's memory for the key-value caches of all its engines."""
@@ -18,7 +19,6 @@ PASSED_ON = {
     "sglang_context_length": "--context-length",
     "sglang_max_total_tokens": "--max-total-tokens",
     "sglang_served_model_name": "--served-model-name",
-    "sglang_api_key": "--api-key",
     "sglang_log_level": "--log-level",
 }
 """SGLang's flags that mean the same here; others (attention backends, CUDA graphs, ...) have nothing to act on."""
@@ -49,7 +49,7 @@ def server_command(args: Namespace, spec: EngineSpec) -> tuple[list[str], dict[s
         value = getattr(args, name, None)
         if value is not None:
             argv += [flag, str(value)]
-    return argv, _environment(spec.threads)
+    return argv, _environment(spec.threads) | key_environment(args)
 
 
 def _environment(num_threads: int) -> dict[str, str]:

@@ -5,6 +5,7 @@ python -m slime.backends.embedded.server --model-path DIR --port 30000
 
 import argparse
 import asyncio
+import hmac
 import json
 import logging
 import os
@@ -32,6 +33,7 @@ from slime.backends.embedded.openai import OpenAIRoutes
 from slime.backends.embedded.protocol import GenerateCall, GenerateItem, SamplingParams, parse_generate
 from slime.backends.embedded.text import Codec
 from slime.backends.embedded.web import answers_errors, event_stream, json_reply, read_json, until_disconnect
+from slime.utils.api_key import KEY_VARIABLE
 from slime.utils.memory_utils import settle_objects
 
 logger = logging.getLogger("slime.embedded")
@@ -203,8 +205,6 @@ class RequireKey:
         self.app, self.expected = app, f"Bearer {key}"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        import hmac
-
         if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
             given = dict(scope["headers"]).get(b"authorization", b"")
             if not hmac.compare_digest(given, self.expected.encode()):
@@ -259,7 +259,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--served-model-name", help="name that clients see; the model path if absent")
     add("--host", default="127.0.0.1", help="address to listen on; one that others can reach needs --api-key")
     add("--port", type=int, default=30000)
-    add("--api-key", help="clients must send it as a bearer token")
+    key = os.environ.get(KEY_VARIABLE)
+    add("--api-key", default=key, help=f"clients must send it as a bearer token; {KEY_VARIABLE} if absent")
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="weights, activations and cache")
     add("--threads", type=int, default=1, help="CPU threads of the model loop")
     add("--weights-dir", help="the only folder that /update_weights_from_shared_memory reads from")
@@ -275,7 +276,10 @@ def build_parser() -> argparse.ArgumentParser:
 def check_arguments(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     """Exit with status 2 and a reason when the flags do not fit together."""
     if arguments.host not in ("127.0.0.1", "localhost", "::1") and not arguments.api_key:
-        parser.error(f"--host {arguments.host} can be reached by others: add --api-key KEY, or listen on 127.0.0.1.")
+        parser.error(
+            f"--host {arguments.host} can be reached by others: add --api-key KEY (or set {KEY_VARIABLE}), "
+            "or listen on 127.0.0.1."
+        )
     if not (Path(arguments.model_path) / "config.json").is_file():
         parser.error(f"--model-path {arguments.model_path} holds no config.json: give a folder in HuggingFace format.")
     if arguments.threads < 1 or arguments.max_running_requests < 1:

@@ -10,6 +10,8 @@ from typing import Any
 
 import httpx
 
+from slime.utils.api_key import api_key as the_runs_key
+from slime.utils.api_key import key_header
 from slime.utils.server_control import num_requests_from_load
 from slime.weight_sync.base import EngineError
 
@@ -30,12 +32,12 @@ class SGLangClient:
             base_url: e.g. http://127.0.0.1:15000.
             name: how errors call the engine, e.g. "engine 0".
             timeout_s: of each call; loading a large model's weights from a disk needs more than the default.
-            api_key: sent as a bearer token (SGLang's --api-key).
+            api_key: sent as a bearer token (SGLang's --api-key); the run's if absent.
         """
         self.name = name
         self.url = base_url.rstrip("/")
         self._timeout_s = timeout_s
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        headers = key_header(api_key or the_runs_key())
         # Engines are ours and near: a proxy of the environment must not come between.
         self._http = httpx.Client(base_url=self.url, headers=headers, timeout=timeout_s, trust_env=False)
 

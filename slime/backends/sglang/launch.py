@@ -7,12 +7,13 @@ from pathlib import Path
 
 from slime.backends.base import EngineSpec
 from slime.backends.sglang.pass_through import changed_flags, is_changed
+from slime.utils.api_key import api_key
 
 PYTHON_VARIABLE = "SLIME_SGLANG_PYTHON"
 """Environment variable: the interpreter that has SGLang, where it is not this one (a CPU test environment, say)."""
 
 # Set by slime itself, from placement; a --sglang- flag cannot change them.
-_OURS = ("sglang_host", "sglang_device")
+_OURS = ("sglang_host", "sglang_device", "sglang_api_key")
 
 # What stock SGLang needs to run without a GPU: attention and sampling in plain torch, nothing captured or compiled,
 # and a cache that leaves the machine's memory to the other processes.
@@ -40,6 +41,8 @@ def server_command(args: Namespace, spec: EngineSpec) -> tuple[list[str], dict[s
     argv = [os.environ.get(PYTHON_VARIABLE) or sys.executable, "-m", "sglang.launch_server"]
     argv += _from_spec(args, spec)
     argv += changed_flags(args, "sglang", without=_OURS)
+    if key := api_key(args):  # the stock server takes it only here, where other users of the machine can read it
+        argv += ["--api-key", key]
     defaults = _CPU_DEFAULTS if spec.device == "cpu" else _gpu_defaults(args)
     if not is_changed(args, "sglang", "sglang_dtype"):
         argv += ["--dtype", spec.dtype]

@@ -11,6 +11,7 @@ import httpx
 
 import slime
 from slime.backends.sglang.pass_through import changed_flags, is_changed
+from slime.utils.api_key import api_key, key_environment, key_header
 from slime.weight_sync.base import EngineError
 
 # Set by slime itself; the router's own defaults would bind every interface, or one fixed port.
@@ -66,7 +67,7 @@ def router_command(args: Namespace, host: str, port: int, prometheus_port: int) 
             argv += ["--" + switch]
     env = dict(os.environ)
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(slime.__file__).parents[1]), env.get("PYTHONPATH")]))
-    return argv, env
+    return argv, env | key_environment(args)
 
 
 class RouterClient:
@@ -79,7 +80,7 @@ class RouterClient:
             timeout_s: of a single call.
         """
         self.url = url.rstrip("/")
-        self._http = httpx.Client(base_url=self.url, timeout=timeout_s, trust_env=False)
+        self._http = httpx.Client(base_url=self.url, headers=key_header(api_key()), timeout=timeout_s, trust_env=False)
 
     def workers(self) -> list[dict[str, Any]]:
         """What the router knows of its engines: dicts with at least "id", "url" and "is_healthy"."""
@@ -103,6 +104,8 @@ class RouterClient:
             EngineError: refused, or not there within `timeout_s`.
         """
         request: dict[str, Any] = {"url": url, "worker_type": worker_type}
+        if key := api_key():
+            request["api_key"] = key
         if bootstrap_port is not None:
             request["bootstrap_port"] = bootstrap_port
         deadline = time.monotonic() + timeout_s

@@ -37,7 +37,7 @@ def test_an_unbuilt_flag_ends_the_start_with_what_to_do_instead(
 
 
 def test_a_key_is_not_shown(files: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert "hunter2" not in refusal(right_command_line(files, "--sglang-api-key hunter2"), capsys)
+    assert "hunter2" not in refusal(right_command_line(files, "--sglang-admin-api-key hunter2"), capsys)
 
 
 GPUS = Machine(cores=64, num_gpus=8, has_sglang=True)

@@ -425,7 +425,6 @@ WRONG_COMMAND_LINES = (
     Wrong("another padding of the vocabulary", "--padded-vocab-size 2048", "--padded-vocab-size 2048", "leave it out"),
     Wrong("larger passes for log-probs", "--max-tokens-per-gpu 512 --log-probs-max-tokens-per-gpu 1024",
           "--log-probs-max-tokens-per-gpu 1024", "leave it out"),
-    Wrong("a key that slime would not send", "--sglang-api-key secret", "--sglang-api-key is", "leave it out"),
     Wrong("a family by name", "--model-name qwen3", "--model-name qwen3", "config.json"),
     Wrong("the encoding of deltas", "--update-weight-delta-encoding overwrite", "--update-weight-delta-encoding",
           "leave it out"),

@@ -66,6 +66,14 @@ def test_sglang_flags_that_mean_something_here_are_passed_on(tiny_llama: Path):
     assert arguments.kv_memory_share == pytest.approx(0.3 / 4)
 
 
+def test_the_key_is_not_on_the_command_line(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch):
+    """Every user of the machine can read that."""
+    argv, env = server_command(Namespace(sglang_api_key="secret"), spec(tiny_llama))
+    assert "secret" not in " ".join(argv)
+    monkeypatch.setenv("SLIME_API_KEY", env["SLIME_API_KEY"])
+    assert parsed(argv).api_key == "secret"
+
+
 def test_threads_wait_passively_and_the_environment_is_whole(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("SOMETHING_ELSE", "kept")
     _, env = server_command(Namespace(), spec(tiny_llama))

@@ -134,6 +134,7 @@ def test_nothing_of_one_persons_machine_is_in_the_repository(repository: Path) -
         "docs/troubleshooting.md",
         "docs/architecture.md",
         "docs/algorithms.md",
+        "docs/security.md",
         "examples/quickstart/README.md",
     ],
 )

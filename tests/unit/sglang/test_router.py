@@ -91,6 +91,25 @@ def test_an_engine_is_added_used_and_removed(router, worker):
     client.remove_worker(worker.url)
 
 
+def test_with_a_key_the_router_asks_for_it_and_shows_it_to_engines(worker, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLIME_API_KEY", "secret")
+    port = free_port()
+    argv, env = router_command(Namespace(), HOST, port, free_port())
+    assert "secret" not in " ".join(argv)
+    process, url = ServerProcess("router", argv, env, tmp_path / "router.log"), f"http://{HOST}:{port}"
+    process.start()
+    try:
+        process.wait_until_healthy(f"{url}/liveness", 60)
+        RouterClient(url).add_worker(worker.url, timeout_s=30)
+        request = {"input_ids": [5], "sampling_params": {"max_new_tokens": 1}}
+        assert httpx.post(f"{url}/generate", json=request, trust_env=False).status_code == 401
+        headers = {"Authorization": "Bearer secret"}
+        assert httpx.post(f"{url}/generate", json=request, headers=headers, trust_env=False).status_code == 200
+        assert worker.headers[-1]["authorization"] == "Bearer secret"
+    finally:
+        process.terminate()
+
+
 def test_an_engine_that_does_not_come_up_is_an_error_that_names_it(router):
     nobody = f"http://{HOST}:{free_port()}"
     client = RouterClient(router)

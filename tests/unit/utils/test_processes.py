@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from slime.utils import processes
 from slime.utils.processes import ServerError, ServerProcess, free_port
 
 SERVE = """
@@ -209,3 +211,19 @@ def test_free_ports_can_be_bound():
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", free_port()))
+
+
+def test_a_free_port_is_never_one_that_an_outgoing_connection_could_take():
+    first_outgoing, last_outgoing = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    ports = [free_port() for _ in range(50)]
+    assert len(set(ports)) == 50
+    assert not [port for port in ports if first_outgoing <= port <= last_outgoing]
+
+
+def test_a_port_that_is_taken_is_not_free(monkeypatch):
+    taken, free = free_port(), free_port()
+    draws = iter([taken, free])
+    monkeypatch.setattr(processes, "_given_ports", set())
+    monkeypatch.setattr(processes._dice, "randrange", lambda *_: next(draws))
+    with socket.create_server(("127.0.0.1", taken)):
+        assert free_port() == free
