@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 import warnings
 from argparse import Namespace
 from typing import Any
