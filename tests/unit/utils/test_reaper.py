@@ -171,7 +171,7 @@ def test_a_driver_that_cannot_react_to_ctrl_c_is_ended_with_its_run(begin: Begin
     os.kill(driver.process.pid, signal.SIGINT)
     assert driver.process.wait(12) == -signal.SIGKILL
     wait_until(lambda: not driver.marked(), timeout_s=3)
-    assert "killed the driver" in driver.log.read_text()
+    wait_until(lambda: "killed the driver" in driver.log.read_text(), timeout_s=3)
 
 
 def test_without_its_reaper_a_run_goes_on(begin: Begin) -> None:
