@@ -28,7 +28,7 @@ CALLS = {
 }
 OBJECT_COLLECTIVES = {"all_gather_object", "gather_object", "broadcast_object_list", "scatter_object_list"}
 OBJECT_COLLECTIVES |= {"send_object_list", "recv_object_list"}
-MEGATRON_LOADERS = {"load", "load_plain_tensors"}
+MEGATRON_LOADERS = {"load", "load_plain_tensors", "load_common_state_dict"}
 IMPLICIT_TRUST = "from_pretrained without trust_remote_code"
 """transformers' default is not to trust, but to ask on a terminal; programs that a person runs alone may leave it."""
 
@@ -41,6 +41,8 @@ ALLOWED = {
     ("slime/backends/megatron/parallel.py", "broadcast_object_list"): _OWN_RANKS,
     ("slime/backends/megatron/parallel.py", "all_gather_object"): _OWN_RANKS,
     ("slime/backends/megatron/weights.py", "all_gather_object"): _OWN_RANKS,
+    ("slime/backends/megatron/checkpoint.py", "broadcast_object_list"): _OWN_RANKS,
+    ("slime/backends/megatron/checkpoint.py", "all_gather_object"): _OWN_RANKS,
     ("slime/backends/megatron/checkpoint.py", "dist_checkpointing.load"): "given the loaders of checkpoint_format.py",
     (_CHECKPOINT_FORMAT, "pickle"): _SAFE_LOADER,
     (_CHECKPOINT_FORMAT, "torch.load without weights_only=True"): "weights_only unless --allow-pickle-checkpoints",
