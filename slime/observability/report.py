@@ -19,8 +19,8 @@ def summarise(run_dir: Path | str) -> dict[str, Any]:
     Returns:
         `steps`; `reward_first` and `reward_last` (means of the first 3 and last 5 steps, fewer if there are fewer)
         with `reward_gain`; `eval`: task -> {first, last, first_step, last_step}; `wall_s`: the sum of step times,
-        repeated steps of a resumed run included; `phases_s`: phase -> seconds over the run, `other` among them;
-        `logprob_difference`: mean over the steps, nat.
+        without those that a resumed run cut off to do them again; `phases_s`: phase -> seconds over the run, `other`
+        among them; `logprob_difference`: mean over the steps, nat.
     """
     lines, written = read_metrics(run_dir), list(read_lines(run_dir))
     steps = [line for line in lines if line["step"] >= 0]

@@ -48,6 +48,7 @@ class RolloutController(Pulse):
         take_api_key(args)
         self._parallel_config: dict[str, int] = {}
         self._ledger: dict[str, Any] | None = None
+        self._newest = -1  # the rollout that was begun last
         self._devices = devices
         self._progress: tuple[str, int, int, str] | None = None
         set_bar_factory(self._bar)
@@ -107,8 +108,8 @@ class RolloutController(Pulse):
     def generate(self, rollout_id: int) -> list[Box] | None:
         """Make one rollout; one `Box(ObjectRef)` a data-parallel rank, or None when nothing is to be trained."""
         set_current_rollout_id(rollout_id)
-        with self._saved_as_before():
-            samples = self._samples(rollout_id)
+        self._keep_state_before(rollout_id)
+        samples = self._samples(rollout_id)
         if template := self.args.save_debug_rollout_data:
             debug_dumps.save_debug_rollout_data(template, rollout_id, samples)
         if self.args.load_debug_rollout_data is None:
@@ -158,7 +159,12 @@ class RolloutController(Pulse):
         return line
 
     def save(self, rollout_id: int) -> None:
-        """The rollout's part of a checkpoint, before the trainer's: the data source's state, this process's chance."""
+        """The rollout's part of a checkpoint, before the trainer's: the data source's state, this process's chance.
+
+        The data source is saved as it was after `rollout_id`, also where the next rollout has begun or is made.
+        """
+        if rollout_id >= self._newest and hasattr(self.data_source, "thaw"):
+            self.data_source.thaw()
         begin_save(self.args.save, rollout_id)
         self.data_source.save(rollout_id)
         save_random_state(self.args.save, rollout_id)
@@ -191,15 +197,14 @@ class RolloutController(Pulse):
 
     # ---- one rollout ----
 
-    @contextmanager
-    def _saved_as_before(self) -> Iterator[None]:
-        """A checkpoint that is written while a rollout is made holds the data source as it was before."""
-        freezes = self.args.save is not None and hasattr(self.data_source, "freeze")
-        if freezes:
+    def _keep_state_before(self, rollout_id: int) -> None:
+        """A checkpoint of the step before, which a run that leaves may still write, holds the data source as it is now.
+
+        The samples may be made and never trained on: their prompts must then be drawn again.
+        """
+        self._newest = rollout_id
+        if self.args.save is not None and hasattr(self.data_source, "freeze"):
             self.data_source.freeze()
-        yield
-        if freezes:
-            self.data_source.thaw()
 
     def _samples(self, rollout_id: int) -> list[Sample]:
         if (template := self.args.load_debug_rollout_data) is not None:
