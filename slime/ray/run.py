@@ -95,7 +95,6 @@ class Run:
         self._watch = Watch(self._clock, self._liveness, self._leaving)
 
     def __enter__(self) -> Self:
-        self._leaving.install()
         try:
             self._start()
         except BaseException as error:
@@ -143,6 +142,7 @@ class Run:
         logger.info("starting Ray, %s", "GPUs" if args.device == "cuda" else "CPU devices")
         self._marker = RunMarker.start(Path(args.run_dir) / "logs" / "reaper.log")
         cluster.start(args)
+        self._leaving.install()  # after Ray, which takes the signal for itself
         self._log = RunLog(args.run_dir, args)
         self._liveness.start()
         set_look(self._watch.look)
