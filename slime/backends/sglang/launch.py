@@ -93,6 +93,8 @@ def _environment(spec: EngineSpec) -> dict[str, str]:
     if Path(spec.model_path).is_dir():
         env.setdefault("HF_HUB_OFFLINE", "1")  # a folder that is missing at an update is an error, not a download
     if spec.device == "cpu":
+        if spec.host in ("127.0.0.1", "::1") and sys.platform == "linux":
+            env.setdefault("GLOO_SOCKET_IFNAME", "lo")  # by itself gloo listens where the host's name points
         env |= {
             "SGLANG_USE_CPU_ENGINE": "1",
             "OMP_NUM_THREADS": str(spec.threads),

@@ -134,6 +134,18 @@ def test_the_trainers_rendezvous_is_not_inherited(monkeypatch):
     assert not {"MASTER_ADDR", "RANK", "WORLD_SIZE", "PYTORCH_CUDA_ALLOC_CONF"} & env.keys()
 
 
+def test_ranks_on_one_cpu_host_meet_on_loopback(monkeypatch):
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    assert server_command(Namespace(), spec())[1]["GLOO_SOCKET_IFNAME"] == "lo"
+    assert "GLOO_SOCKET_IFNAME" not in server_command(Namespace(), spec(host="10.0.0.7"))[1]
+
+
+def test_the_key_reaches_the_stock_server_once():
+    argv, _ = server_command(Namespace(sglang_api_key="secret"), spec())
+    assert argv.count("--api-key") == 1
+    assert argv[argv.index("--api-key") + 1] == "secret"
+
+
 def test_health_answers_while_an_engine_is_paused():
     _, env = server_command(Namespace(), spec())
     assert env["SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"] == "false"
