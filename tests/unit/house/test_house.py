@@ -135,6 +135,8 @@ def test_nothing_of_one_persons_machine_is_in_the_repository(repository: Path) -
         "docs/architecture.md",
         "docs/algorithms.md",
         "docs/security.md",
+        "docs/performance.md",
+        "benchmarks/README.md",
         "examples/quickstart/README.md",
     ],
 )
