@@ -191,15 +191,15 @@ def _iteration_of(name: str) -> int | None:
 # --- saving ----------------------------------------------------------------------------------------------------------
 
 
-def begin_save(folder: str | Path, iteration: int) -> None:
+def begin_save(folder: str | Path, iteration: int | None) -> None:
     """Before anything of `iteration` is written: a checkpoint of that number, of an earlier run, no longer counts.
 
     The tracker goes back to the one before it. Otherwise its files could be found with the new rollout state.
     """
     folder = Path(folder)
     tracker = folder / LATEST_FILE
-    if tracker.is_file() and tracker.read_text().strip() == str(iteration):
-        older = [i for i in complete_iterations(folder) if i < iteration]
+    if tracker.is_file() and tracker.read_text().strip() == _said(iteration):
+        older = [i for i in complete_iterations(folder) if iteration is not None and i < iteration]
         if older:
             write_durably(tracker, f"{older[-1]}\n")
         else:
@@ -209,22 +209,22 @@ def begin_save(folder: str | Path, iteration: int) -> None:
         leftover.unlink(missing_ok=True)
 
 
-def begin_files(folder: str | Path, iteration: int) -> Path:
-    """A new folder for the files of an iteration, after leftovers of killed saves are removed."""
+def begin_files(folder: str | Path, iteration: int | None) -> Path:
+    """A new folder for the files of an iteration (None: of `release`), after leftovers of killed saves are removed."""
     folder = Path(folder)
     begin_save(folder, iteration)
     for leftover in [*folder.glob(f"{_UNFINISHED_PREFIX}*"), *folder.glob(f"{DELETING_PREFIX}*")]:
         shutil.rmtree(leftover, ignore_errors=True)
     (folder / f"{LATEST_FILE}{PARTIAL_SUFFIX}").unlink(missing_ok=True)
-    unfinished = folder / f"{_UNFINISHED_PREFIX}{iteration_path(folder, iteration).name}"
+    unfinished = folder / f"{_UNFINISHED_PREFIX}{Checkpoint(folder, iteration).path.name}"
     unfinished.mkdir(parents=True)
     return unfinished
 
 
-def commit(folder: str | Path, iteration: int, unfinished: Path) -> Path:
+def commit(folder: str | Path, iteration: int | None, unfinished: Path) -> Path:
     """Make the files in `unfinished` the newest checkpoint. Files must have been flushed, but for small ones."""
     folder = Path(folder)
-    final = iteration_path(folder, iteration)
+    final = Checkpoint(folder, iteration).path
     for name in _FILES_OF_MEGATRON:
         if (unfinished / name).is_file():
             sync_file(unfinished / name)
@@ -238,8 +238,13 @@ def commit(folder: str | Path, iteration: int, unfinished: Path) -> Path:
     remove_folder(final)
     unfinished.rename(final)
     sync_folder(folder)
-    write_durably(folder / LATEST_FILE, f"{iteration}\n")
+    write_durably(folder / LATEST_FILE, f"{_said(iteration)}\n")
     return final
+
+
+def _said(iteration: int | None) -> str:
+    """How the tracker names an iteration."""
+    return RELEASE if iteration is None else str(iteration)
 
 
 def keep_newest(folder: str | Path, count: int, newest: int, protected: Collection[Path] = ()) -> list[int]:

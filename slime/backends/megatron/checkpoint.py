@@ -240,15 +240,13 @@ def _state(
     is_loading: bool,
 ) -> dict[str, Any]:
     """Sharded tensors of everything, and plain data that is the same on all ranks."""
-    state: dict[str, Any] = {"content_metadata": dict(_METADATA)}
-    for i, model in enumerate(models):
-        state[f"model{i}"] = unwrap(model).sharded_state_dict(metadata=dict(_METADATA))
+    state = model_state(models)
     if optimizer is not None:
         if not is_loading:
             optimizer_state.make_first_states(optimizer)
-        model_state = {key: value for key, value in state.items() if key.startswith("model")}
+        chunks = {key: value for key, value in state.items() if key.startswith("model")}
         state["optimizer"] = optimizer_state.sharded_optimizer_state(
-            optimizer, model_state, _METADATA, is_loading=is_loading
+            optimizer, chunks, _METADATA, is_loading=is_loading
         )
     if scheduler is not None:
         state["scheduler"] = scheduler.state_dict()
@@ -256,6 +254,14 @@ def _state(
         state |= {"iteration": iteration, "has_optimizer": optimizer is not None, "layout": _layout()}
         if scheduler is not None:
             state["random_states"] = _random_states()
+    return state
+
+
+def model_state(models: Sequence[torch.nn.Module]) -> dict[str, Any]:
+    """The model alone, as sharded tensors over its parameters."""
+    state: dict[str, Any] = {"content_metadata": dict(_METADATA)}
+    for i, model in enumerate(models):
+        state[f"model{i}"] = unwrap(model).sharded_state_dict(metadata=dict(_METADATA))
     return state
 
 
