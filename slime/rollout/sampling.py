@@ -74,3 +74,8 @@ def sample_seed(args: Namespace, sample: Sample, position: int) -> int:
     if sample.index is not None:
         return sampling_seed(args.rollout_seed, sample.index)
     return sampling_seed(args.rollout_seed, "group", sample.group_index, position)
+
+
+def eval_seed(args: Namespace, task: str, prompt_index: int, position: int) -> int:
+    """Depends on the run's seed, the task, the prompt and which of its samples this is; repeats at every evaluation."""
+    return sampling_seed(args.rollout_seed, "eval", task, prompt_index, position)

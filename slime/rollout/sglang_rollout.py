@@ -27,6 +27,7 @@ from slime.rollout.rm_hub import async_rm, batched_async_rm
 from slime.rollout.sample_hooks import apply_rollout_sample_hooks
 from slime.rollout.sampling import (
     eval_sampling_params,
+    eval_seed,
     is_deterministic,
     rollout_sampling_params,
     sample_seed,
@@ -434,7 +435,7 @@ async def eval_rollout_single_dataset(
                 sample = eval_sample(prompt, dataset_cfg, group_index, index=len(calls))
                 params = base_params.copy()
                 if is_deterministic(args):
-                    params["sampling_seed"] = args.rollout_seed + j
+                    params["sampling_seed"] = eval_seed(args, dataset_cfg.name, group_index, j)
                 calls.append(_named(sample, _advancing(bar, generate_and_rm(args, sample, params, evaluation=True))))
         samples = flatten_samples(await _gather_or_cancel(calls))
     samples.sort(key=lambda sample: sample.index or 0)

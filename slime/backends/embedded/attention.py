@@ -35,7 +35,7 @@ class Batch(Protocol):
 
 _FLOAT_KEYS = 1 << 19
 """Keys that are widened to float32 at a time, so that they stay in the processor's cache."""
-_FEW_VALUES = 1 << 16
+FEW_VALUES = 1 << 16
 """Up to here widening the values costs less than starting oneDNN's bf16 product."""
 SEEN_STEP = 32
 """Decoding reads positions in multiples of this: oneDNN prepares a product for each new shape, which takes long."""
@@ -46,14 +46,16 @@ class DecodeBatch:
     """The next token of each of the first B rows of the cache.
 
     positions [B]: where that token stands in its sequence (the number of positions already cached).
+    length: positions attended to, masked beyond each sequence's end; 0 for as many as the longest needs.
     """
 
     positions: Tensor
+    length: int = 0
     _masks: dict[tuple[int | None, int, int], Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.rows = torch.arange(self.positions.shape[0])
-        self.length = (int(self.positions.max()) // SEEN_STEP + 1) * SEEN_STEP
+        self.length = self.length or (int(self.positions.max()) // SEEN_STEP + 1) * SEEN_STEP
 
     def mask(self, window: int | None, num_heads: int, group: int) -> Tensor:
         """[B * H, group, length] fp32, 0 where a sequence may look, minus infinity elsewhere."""
@@ -90,7 +92,9 @@ class DecodeBatch:
         return attend_grouped(grouped, seen_keys, seen_values, mask, scale).view(num_rows, query.shape[0], -1)
 
 
-def attend_grouped(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
+def attend_grouped(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float, few_values: int = FEW_VALUES
+) -> Tensor:
     """Softmax attention as two batched products: up to twice as fast here as torch's fused kernel, which computes one
     head at a time.
 
@@ -102,13 +106,15 @@ def attend_grouped(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, sc
         values: [N, K, d].
         mask: [N, r, K] fp32, additive.
         scale: multiplies the scores.
+        few_values: elements of `values` up to which they are widened; 0 where the same N, r, d, K of more sequences
+            must make the same bits.
 
     Returns:
         [N, r, d].
     """
     if query.dtype == torch.float32:
         return torch.bmm(torch.baddbmm(mask, query, keys, alpha=scale).softmax(-1), values)
-    if values.numel() <= _FEW_VALUES:
+    if values.numel() <= few_values:
         scores = torch.baddbmm(mask, query.float(), keys.float(), alpha=scale)
         return torch.bmm(scores.softmax(-1), values.float()).to(query.dtype)
     out = torch.empty_like(query)

@@ -16,9 +16,11 @@ from typing import Any, TypeVar
 
 import torch
 
-from slime.backends.embedded.attention import DecodeBatch, PrefillBatch, PrefillSegment
+from slime.backends.embedded.attention import PrefillSegment
 from slime.backends.embedded.cache import SlotCache
+from slime.backends.embedded.deterministic import DeterministicPasses
 from slime.backends.embedded.model import ServedModel
+from slime.backends.embedded.passes import FastPasses, Passes
 from slime.backends.embedded.protocol import RequestError
 from slime.backends.embedded.sampling import Sampled, Sampler, SamplingRow, prompt_log_probs
 from slime.backends.embedded.scheduler import (
@@ -35,6 +37,7 @@ T = TypeVar("T")
 
 KV_MEMORY_SHARE = 0.3
 """Largest part of the machine's memory that the key-value cache takes, if nobody says otherwise."""
+DETERMINISTIC_SEED = 42
 PAUSE_MODES = ("abort", "retract", "in_place")
 MEMORY_TAGS = ("weights", "kv_cache", "cuda_graph")
 
@@ -53,6 +56,8 @@ class EngineSettings:
     random_seed: int = 0
     threads: int = 1
     kv_memory_share: float = KV_MEMORY_SHARE
+    deterministic: bool = False
+    """Whether a reply, bit by bit, depends on weights, prompt and seed only."""
 
 
 class Engine:
@@ -66,8 +71,8 @@ class Engine:
         self.cache = SlotCache(model.cache_shapes, settings.max_running_requests, settings.context_length, model.dtype)
         self.max_total_tokens = settings.max_total_tokens or self._affordable_tokens()
         self.max_total_tokens = max(self.max_total_tokens, settings.context_length + 1)
-        self.scheduler = Scheduler(settings.max_running_requests, self._has_room)
-        self.sampler = Sampler(model.vocab_size)
+        self.scheduler = Scheduler(settings.max_running_requests, self._has_room, is_steady=settings.deterministic)
+        self.passes = self._new_passes(Sampler(model.vocab_size))
         self.weight_version = "default"
         self.weight_epoch = 0
         self.is_paused = False
@@ -77,6 +82,13 @@ class Engine:
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self.failure: BaseException | None = None
+
+    def _new_passes(self, sampler: Sampler) -> Passes:
+        if not self.settings.deterministic:
+            return FastPasses(self.model, self.cache, sampler)
+        passes = DeterministicPasses(self.model, self.cache, sampler)
+        passes.prove()
+        return passes
 
     # From other threads
 
@@ -110,7 +122,12 @@ class Engine:
         self._commands.put(lambda: self._accept(requests))
 
     def next_seed(self) -> int:
-        """The seed of a request that brings none: from the engine's seed and a counter."""
+        """The seed of a request that brings none: from the engine's seed and a counter.
+
+        In deterministic mode one for all, as SGLang has it: a counter would tell in which order requests came.
+        """
+        if self.settings.deterministic:
+            return DETERMINISTIC_SEED
         self._num_seeded += 1
         return (self.settings.random_seed << 32) + self._num_seeded
 
@@ -194,7 +211,7 @@ class Engine:
                 keep += range(first, len(tokens) - 1)
             keep.append(len(tokens) - 1)
         self.prompt_tokens += len(tokens)
-        logits = self.model.logits(tokens, positions, torch.tensor(keep), PrefillBatch(segments), self.cache)
+        logits = self.passes.prefill(tokens, positions, keep, segments)
         self._score_prompts(logits, scored)
         lasts, position = [], -1
         for group in groups:
@@ -218,15 +235,14 @@ class Engine:
     def _decode(self) -> None:
         running = self.scheduler.running
         self.cache.reserve(len(running), self.scheduler.longest())
-        positions = torch.tensor([request.num_stored for request in running])
         last = [request.output[-1] for request in running]
-        logits = self.model.logits(last, positions, None, DecodeBatch(positions), self.cache)
+        logits = self.passes.decode(last, [request.num_stored for request in running])
         self._emit(list(range(len(running))), logits)
 
     def _emit(self, rows: list[int], logits: torch.Tensor) -> None:
         """Sample one token for each of `rows` from logits [len(rows), V] and end the requests that are done."""
         requests = [self.scheduler.running[row] for row in rows]
-        sampled = self.sampler.sample(logits, [_sampling_row(request) for request in requests])
+        sampled = self.passes.sample(logits, [_sampling_row(request) for request in requests])
         done = []
         for row, request, token in zip(rows, requests, sampled, strict=True):
             if request.max_new_tokens == 0:
@@ -273,7 +289,7 @@ class Engine:
     # Commands, to be run with `call`
 
     @torch.inference_mode()
-    def abort(self, is_meant: Callable[[Request], bool]) -> int:
+    def abort(self, is_meant: Callable[[Request], bool], reason: str | None = None) -> int:
         """End the requests that `is_meant` picks, keeping what they have made; returns how many."""
         waiting = [request for request in self.scheduler.waiting if is_meant(request)]
         for request in waiting:
@@ -282,13 +298,22 @@ class Engine:
         for row, _ in reversed(running):
             self._leave(row)
         for request in waiting:
-            self._end(request, aborted("Aborted" if request.output else "Abort in waiting queue"))
+            self._end(request, aborted(reason or ("Aborted" if request.output else "Abort in waiting queue")))
         for _, request in running:
-            self._end(request, aborted("Aborted"))
+            self._end(request, aborted(reason or "Aborted"))
         return len(waiting) + len(running)
+
+    def check_pause(self, mode: str) -> None:
+        """Raise `RequestError` for a pause that cannot keep its promise."""
+        if mode == "retract" and self.settings.deterministic:
+            raise RequestError(
+                "A retracted reply is computed again as if it were a prompt, which gives other bits than token by "
+                "token, and this engine runs with --enable-deterministic-inference. Pause with mode abort or in_place."
+            )
 
     def pause(self, mode: str) -> None:
         """Stop generating: end all requests (abort), queue them again (retract) or freeze them (in_place)."""
+        self.check_pause(mode)
         self.is_paused = True
         if mode == "abort":
             self.abort(lambda request: True)

@@ -77,15 +77,18 @@ class Frontend:
     # Requests
 
     async def start(self, call: GenerateCall) -> list[LiveRequest]:
-        """Wait until the door is open, then hand the call's requests to the engine."""
+        """Wait until the door is open, then hand the call's requests to the engine.
+
+        A request whose id is in flight is a retry: the older one ends, so that never two are computed.
+        """
         await self.door.wait()
         reason = self.engine.why_unavailable()
         if reason is not None:
             raise RequestError(reason, status=503)
         lives = [self._live(item, wants_every_token=call.stream) for item in call.items]
-        for live in lives:
-            if live.request.rid in self.live:
-                raise RequestError(f"Duplicate request ID detected: {live.request.rid} is being generated.")
+        older = {self.live[live.request.rid].request for live in lives if live.request.rid in self.live}
+        if older:
+            self.engine.call(lambda: self.engine.abort(older.__contains__, "The request was sent again."))
         self.live |= {live.request.rid: live for live in lives}
         self.engine.submit([live.request for live in lives])
         return lives
@@ -173,13 +176,14 @@ class Frontend:
 
     async def _forget(self, lives: list[LiveRequest]) -> None:
         """Drop requests that were answered, and abort those that nobody waits for any more."""
-        unfinished = {live.request.rid for live in lives if not live.is_finished}
+        unfinished = {live.request for live in lives if not live.is_finished}
         for live in lives:
-            self.live.pop(live.request.rid, None)
+            if self.live.get(live.request.rid) is live:
+                del self.live[live.request.rid]
         async with self._drained:
             self._drained.notify_all()
         if unfinished:
-            self.engine.call(lambda: self.engine.abort(lambda request: request.rid in unfinished))
+            self.engine.call(lambda: self.engine.abort(unfinished.__contains__))
 
     # Control
 
@@ -192,6 +196,7 @@ class Frontend:
 
     async def pause(self, mode: str) -> None:
         """Let no request in, and end, queue again or freeze those inside."""
+        self.engine.check_pause(mode)
         self.door.clear()
         await self.run(lambda: self.engine.pause(mode))
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import slime
 from slime.backends.base import EngineSpec
+from slime.rollout.sampling import is_deterministic
 from slime.utils.api_key import key_environment
 
 KV_MEMORY_SHARE_ON_HOST = 0.3
@@ -45,6 +46,8 @@ def server_command(args: Namespace, spec: EngineSpec) -> tuple[list[str], dict[s
         *("--random-seed", str(spec.seed)),
         *("--kv-memory-share", f"{KV_MEMORY_SHARE_ON_HOST / num_engines:.4f}"),
     ]
+    if is_deterministic(args):
+        argv.append("--enable-deterministic-inference")
     for name, flag in PASSED_ON.items():
         value = getattr(args, name, None)
         if value is not None:

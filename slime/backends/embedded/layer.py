@@ -64,8 +64,18 @@ class FusedDecoderLayer(nn.Module):
             self._window,
         )
         x = x + self._out.product(attended.reshape(num_tokens, -1))
-        gate, up = self._gate_up.product(norm_mid(x)).chunk(2, dim=-1)
-        return x + self._down.product(F.silu(gate).mul_(up))
+        return x + self._down.product(gated(self._gate_up.product(norm_mid(x))))
+
+    @property
+    def gate_width(self) -> int:
+        """Inputs of the MLP's last product."""
+        return self._down.in_features
+
+
+def gated(gate_up: Tensor) -> Tensor:
+    """[T, 2 width], gate and up side by side -> silu(gate) * up [T, width]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
 
 
 class FusedPass:
@@ -76,7 +86,8 @@ class FusedPass:
 
     def __init__(self, module: Any, attention: CachedAttention) -> None:
         decoder = module.get_decoder()
-        self._embedding, self._rotary, self._norm = decoder.embed_tokens, decoder.rotary_emb, decoder.norm
+        self._embedding, self._norm = decoder.embed_tokens, decoder.norm
+        self._decoder = decoder  # whose rotary embedding may be replaced
         self._layers: list[FusedDecoderLayer] = list(decoder.layers)
         self._head: StackedLinear = module.get_output_embeddings()
         self._attention = attention
@@ -84,7 +95,7 @@ class FusedPass:
     def logits(self, tokens: Tensor, positions: Tensor, keep: Tensor | None) -> Tensor:
         """tokens and positions [T], keep: which of the T, or None for all -> [len(keep), V]."""
         x = self._embedding(tokens)
-        cos, sin = self._attention.rotation(self._rotary(x[None], positions[None]))
+        cos, sin = self._attention.rotation(self._decoder.rotary_emb(x[None], positions[None]))
         for layer in self._layers:
             x = layer.compute(x, cos, sin)
         return self._head.product(self._norm(x if keep is None else x[keep]))

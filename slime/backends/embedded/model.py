@@ -94,6 +94,10 @@ class ServedModel:
             logits_to_keep=0 if keep is None else keep,
         ).logits[0]
 
+    def fused_layers(self) -> list[FusedDecoderLayer]:
+        """The decoder layers that are computed by our own code; none where the model's own code runs."""
+        return [module for module in self.module.modules() if isinstance(module, FusedDecoderLayer)]
+
     def _probe(self) -> list[KVShape]:
         """Learn what each layer keeps, from a pass over two tokens; raises if a layer does not attend through us."""
         probe, self.attention.calls = ShapeProbe(), 0

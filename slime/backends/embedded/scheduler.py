@@ -130,10 +130,14 @@ class Room(Protocol):
 
 
 class Scheduler:
-    """The waiting queue and the rows of the running requests."""
+    """The waiting queue and the rows of the running requests.
 
-    def __init__(self, max_running: int, has_room: Room) -> None:
-        self.max_running, self.has_room = max_running, has_room
+    is_steady: no prompt continues another's keys, and a request waits until it fits with all that it may make, so that
+    none is ever retracted.
+    """
+
+    def __init__(self, max_running: int, has_room: Room, *, is_steady: bool = False) -> None:
+        self.max_running, self.has_room, self.is_steady = max_running, has_room, is_steady
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
 
@@ -151,21 +155,23 @@ class Scheduler:
     def admit(self, epoch: int) -> list[PromptGroup]:
         """Move waiting requests into rows, first come first served, as far as rows, memory and one pass allow."""
         groups: dict[tuple[int, ...], PromptGroup] = {}
-        first_row, budget, longest = len(self.running), PREFILL_TOKENS, self.longest()
+        first_row, budget = len(self.running), PREFILL_TOKENS
+        longest = max(map(self._needs, self.running), default=0)
         while self.waiting and len(self.running) < self.max_running:
             request = self.waiting[0]
             tokens = request.tokens()
             key = (*tokens, -1, request.logprob_start) if request.logprob_start >= 0 else tuple(tokens)
-            longest = max(longest, len(tokens) + 1)
+            longest = max(longest, self._needs(request))
             if self.running and not self.has_room(len(self.running) + 1, longest):
                 break
             if key not in groups:
                 if groups and budget < len(tokens):
                     break
                 group = PromptGroup(tokens, [], [])
-                self._find_prefix(group, request, first_row, epoch)
-                if self._gains_by_waiting(group, request, groups.values()):
-                    break
+                if not self.is_steady:
+                    self._find_prefix(group, request, first_row, epoch)
+                    if self._gains_by_waiting(group, request, groups.values()):
+                        break
                 groups[key] = group
                 budget -= len(tokens) - group.prefix_length
             self.waiting.popleft()
@@ -178,6 +184,10 @@ class Scheduler:
                 request.cached_tokens = groups[key].prefix_length if is_first else len(tokens) - 1
                 request.has_started = True
         return list(groups.values())
+
+    def _needs(self, request: Request) -> int:
+        """Positions that must be free for a request to be admitted beside others."""
+        return len(request.prompt) + request.max_new_tokens if self.is_steady else request.num_tokens + 1
 
     def _find_prefix(self, group: PromptGroup, request: Request, first_row: int, epoch: int) -> None:
         """The running sequence with the longest common prefix whose keys and values came from the present weights.

@@ -269,6 +269,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--kv-memory-share", type=float, default=KV_MEMORY_SHARE, help="largest part of the memory for that cache")
     add("--context-length", type=int, help="longest prompt plus reply; the model's own limit if absent")
     add("--random-seed", type=int, default=0, help="seeds the sampling of requests that bring no sampling_seed")
+    add(
+        "--enable-deterministic-inference",
+        action="store_true",
+        help="let a reply, bit by bit, depend on weights, prompt and seed only; refuses to start where it cannot",
+    )
     add("--log-level", default="info", choices=("debug", "info", "warning", "error"))
     return parser
 
@@ -356,6 +361,7 @@ async def serve(arguments: argparse.Namespace, parent: ParentWatch) -> None:
         random_seed=arguments.random_seed,
         threads=arguments.threads,
         kv_memory_share=arguments.kv_memory_share,
+        deterministic=arguments.enable_deterministic_inference,
     )
     engine = Engine(model, settings)
     codec = load_codec(arguments.model_path)

@@ -67,6 +67,8 @@ def _from_spec(args: Namespace, spec: EngineSpec) -> list[str]:
         argv += ["--trust-remote-code"]
     if spec.nccl_port:
         argv += ["--nccl-port", str(spec.nccl_port)]
+    if getattr(args, "deterministic_mode", False) and not getattr(args, "sglang_enable_deterministic_inference", False):
+        argv += ["--enable-deterministic-inference"]
     if not getattr(args, "sglang_enable_metrics", None):
         argv += ["--enable-metrics"]
     if getattr(args, "use_rollout_routing_replay", False):

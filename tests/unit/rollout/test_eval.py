@@ -56,12 +56,14 @@ def test_sampling_comes_from_the_task_then_from_the_flags(engine, make_args, pro
     }
 
 
-def test_deterministic_answers_of_one_prompt_have_seeds_of_their_own(engine, make_args, prompts):
+def test_deterministic_answers_have_seeds_of_their_own_that_every_evaluation_repeats(engine, make_args, prompts):
     args = make_args(sglang_enable_deterministic_inference=True)
     tasks(args, {"name": "a", "path": prompts("x", "y"), "n_samples_per_eval_prompt": 2})
     generate_rollout(args, 0, None, evaluation=True)
     seeds = sorted(request["sampling_params"]["sampling_seed"] for request in engine.requests)
-    assert seeds == [42, 42, 43, 43]
+    assert len(set(seeds)) == 4
+    generate_rollout(args, 1, None, evaluation=True)
+    assert sorted(request["sampling_params"]["sampling_seed"] for request in engine.requests[4:]) == seeds
 
 
 def test_a_task_has_its_own_reward_generate_function_and_metadata(engine, make_args, prompts):
