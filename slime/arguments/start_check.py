@@ -18,7 +18,9 @@ def checkpoints_are_whole(args: Namespace) -> None:
     """
     try:
         if args.load and checkpoint_kind(args.load) == "megatron" and not args.debug_rollout_only:
-            found = find_checkpoint(args.load, args.ckpt_step)
+            starts_from_reference = args.plan.start.reason.startswith("--ref-load")
+            flag = "--ref-ckpt-step" if starts_from_reference else "--ckpt-step"
+            found = find_checkpoint(args.load, args.ckpt_step, flag=flag)
             resumes = args.start_rollout_id is None and not args.finetune
             if found is not None and resumes and args.rollout_global_dataset:
                 check_rollout_state(found)

@@ -29,7 +29,7 @@ from slime.backends.megatron.weights import MegatronWeights, load_hf_weights
 from slime.models.families import family_of
 from slime.models.hf_folder import save_hf_folder
 from slime.models.shape import read_config
-from slime.utils.checkpoint_folder import Checkpoint, find_checkpoint
+from slime.utils.checkpoint_folder import Checkpoint, check_space, find_checkpoint
 from slime.utils.misc import load_function
 
 logger = logging.getLogger(__name__)
@@ -181,6 +181,7 @@ class TrainingJob:
         self.poll_saves()
         buckets = self.weights.buckets(_SAVE_BUCKET_BYTES)
         if self.rank == 0:
+            check_space(Path(path).absolute().parent, self.weights.size_bytes, f"The HuggingFace folder {path}")
             save_hf_folder(path, self.args.hf_checkpoint, buckets)
         else:
             for _ in buckets:

@@ -116,6 +116,11 @@ class MegatronWeights:
         """HuggingFace names in the order of `buckets`."""
         return [hf_name for name in self._order for hf_name in self._family.find(name)[0]]
 
+    @property
+    def size_bytes(self) -> int:
+        """Of all of them together."""
+        return sum(sum(self._sizes(self._held[name], self._family.find(name)[1])) for name in self._order)
+
     def buckets(self, size_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
         """All weights in buckets of at most `size_bytes` (one larger tensor travels alone).
 
