@@ -1,4 +1,4 @@
-"""SIGTERM, as a scheduler sends it: the run saves what it has, leaves, and goes on from there when it is started again."""
+"""SIGTERM, as a scheduler sends it: the run saves what it has, leaves, and goes on from there when started again."""
 
 import signal
 import time
