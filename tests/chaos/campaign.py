@@ -11,7 +11,7 @@ from typing import Literal
 
 from slime.observability.run_log import read_metrics
 from tests.chaos.attacks import GRADING_CHILD, RECOVERING, START, Attack
-from tests.chaos.processes import Driver, Status, is_gone, send, ticks
+from tests.chaos.processes import Driver, Status, is_actor, is_gone, log_of_worker, send, ticks
 from tests.chaos.tiny_run import NAMES, TinyRun
 
 _WATCH_S = 0.005
@@ -20,9 +20,11 @@ _USUAL_START_S = 25.0
 _NAME = "|".join(sorted(map(re.escape, NAMES), key=len, reverse=True))
 _KNOWN = re.compile(_NAME)
 _ACCUSED = re.compile(
-    rf"({_NAME})(?: \([^)]*\))? (?:died|has given no sign|was killed|ended|did not answer|was lost|failed)"
+    rf"({_NAME})(?: \([^)]*\))? "
+    r"(?:died|has given no sign|was killed|ended(?! with its owner)|did not answer|was lost|failed)"
 )
 """A process that an error says to be the cause; others in it only waited."""
+_FORGOTTEN = "the driver has given no sign of life"
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,7 @@ class Campaign:
         if pid is None or not send(pid, attack.signal):
             outcome.problems.append("was gone before the signal was sent")
         if attack.target == "driver" and attack.signal == signal.SIGSTOP:
-            self._others_end_without_the_driver(driver, outcome)
+            self._others_end_without_the_driver(driver, outcome, now)
         else:
             self._watch(driver, outcome, pid, now)
         outcome.seconds = time.monotonic() - struck_s
@@ -198,11 +200,21 @@ class Campaign:
                 outcome.kind = "recovered"
                 return
 
-    def _others_end_without_the_driver(self, driver: Driver, outcome: Outcome) -> None:
-        """A stopped driver can end nobody: the others must do it themselves; continued, it ends with an error."""
-        left = driver.family.wait_for_end(self.run.liveness_timeout_s + self.limits.end)
+    def _others_end_without_the_driver(self, driver: Driver, outcome: Outcome, before: Status) -> None:
+        """A stopped driver can end nobody: the others must do it themselves; continued, it ends with an error.
+
+        The processes of Ray, which belong to the driver, wait for it.
+        """
+        others = {name: pid for name, pid in before.pids.items() if name != "driver"}
+        left = others
+        for _ in ticks(_IDLE_S, self.run.liveness_timeout_s + self.limits.end):
+            if not (left := {name: pid for name, pid in left.items() if not is_gone(pid)}):
+                break
         if left:
-            outcome.problems.append(f"did not end without their driver: {sorted(left.values())}")
+            outcome.problems.append(f"did not end without their driver: {sorted(left)}")
+        silent = [name for name, pid in others.items() if is_actor(name) and _FORGOTTEN not in log_of_worker(pid)]
+        if silent:
+            outcome.problems.append(f"ended without saying why in their logs: {silent}")
         send(driver.pid, signal.SIGCONT)
         for _ in ticks(_IDLE_S, self.limits.end):
             if driver.process.poll() is not None:

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -108,6 +109,17 @@ def parse_status(text: str) -> Status:
     facts: dict[str, Any] = json.loads(text)
     pids = {process["name"]: int(process["pid"]) for process in facts["processes"]}
     return Status(facts["phase"], facts["rollout_id"], float(facts["since"]), pids)
+
+
+def is_actor(name: str) -> bool:
+    """Whether a process of that name in status.json is an actor whose owner is the driver."""
+    return name.startswith("actor rank") or name == "rollout manager"
+
+
+def log_of_worker(pid: int) -> str:
+    """What a Ray worker of this machine wrote to standard error, from Ray's own folder."""
+    logs = Path(tempfile.gettempdir()).glob(f"ray/session_*/logs/worker-*-{pid}.err")
+    return "".join(log.read_text(encoding="utf-8", errors="replace") for log in logs)
 
 
 def grading_child(manager: int | None) -> int | None:
