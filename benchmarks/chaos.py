@@ -28,7 +28,7 @@ def main() -> int:
     """Draw, attack, report; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--signal", choices=("KILL", "STOP"), default="KILL")
-    parser.add_argument("--kills", type=int, default=20, help="how many processes to kill (not read with STOP)")
+    parser.add_argument("--kills", type=int, default=None, help="how many; default: 20, with STOP each pair once")
     parser.add_argument("--seed", type=int, default=None, help="of targets, phases and moments; default: the time")
     parser.add_argument("--targets", nargs="+", default=STOPPED, choices=STOPPED, help="what is stopped with STOP")
     parser.add_argument("--phases", nargs="+", default=STOPPED_PHASES, choices=STOPPED_PHASES, help="when, with STOP")
@@ -38,9 +38,9 @@ def main() -> int:
     options = parser.parse_args()
     seed = int(time.time()) if options.seed is None else options.seed
     if options.signal == "KILL":
-        attacks = draw_kills(options.kills, seed)
+        attacks = draw_kills(options.kills or 20, seed)
     else:
-        attacks = draw_stops(options.targets, options.phases, seed)
+        attacks = draw_stops(options.targets, options.phases, seed, options.kills)
     for attack in attacks:
         print(attack)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leaving in order ends the run under attack

@@ -64,12 +64,15 @@ def draw_kills(count: int, seed: int) -> list[Attack]:
     return attacks
 
 
-def draw_stops(targets: Sequence[str], phases: Sequence[str], seed: int) -> list[Attack]:
-    """SIGSTOP to each target in each phase, in a drawn order."""
+def draw_stops(targets: Sequence[str], phases: Sequence[str], seed: int, count: int | None = None) -> list[Attack]:
+    """SIGSTOP to each target in each phase, in a drawn order, or to the first `count` of these pairs.
+
+    The first pairs are of different targets, as many as there are.
+    """
     dice = random.Random(seed)
     deck = Deck(targets, phases, dice)
     attacks, rollout = [], 1
-    for number in range(len(targets) * len(phases)):
+    for number in range(len(targets) * len(phases) if count is None else count):
         target, phase = deck.draw()
         fraction = dice.uniform(0, LATEST_FRACTION)
         attacks.append(Attack(number, target, phase, rollout, fraction, signal.SIGSTOP))

@@ -37,6 +37,13 @@ def test_every_process_is_stopped_in_every_phase_once() -> None:
     assert sorted(pairs) == sorted((target, phase) for target in STOPPED for phase in STOPPED_PHASES)
 
 
+def test_ten_stops_reach_every_process_and_every_phase() -> None:
+    for seed in range(20):
+        attacks = draw_stops(STOPPED, STOPPED_PHASES, seed, 10)
+        assert {attack.target for attack in attacks} == set(STOPPED)
+        assert {attack.phase for attack in attacks} == set(STOPPED_PHASES)
+
+
 def test_a_plan_fits_into_its_rollouts_and_the_last_rollout_is_saved() -> None:
     attacks = draw_kills(20, 5)
     assert rollouts_needed(attacks) > max(attack.rollout for attack in attacks) + 1
