@@ -186,7 +186,10 @@ class Campaign:
         target = outcome.attack.target
         can_recover = target in RECOVERING or target.startswith("owner")
         replaced_at: Status | None = None
-        for _ in ticks(_IDLE_S, self.limits.recover if can_recover else self.limits.end):
+        limit_s = self.limits.recover if can_recover else self.limits.end
+        if outcome.attack.signal == signal.SIGSTOP:  # nothing shows until the deadline of those who wait for it
+            limit_s += self.run.liveness_timeout_s
+        for _ in ticks(_IDLE_S, limit_s):
             if driver.process.poll() is not None:
                 outcome.kind = "ended"
                 return
