@@ -4,8 +4,11 @@ import contextlib
 import logging
 import shutil
 import threading
+import time
 from argparse import Namespace
-from dataclasses import dataclass
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from slime.backends.base import EngineSpec
+from slime.backends.base import EngineClient, EngineSpec
 from slime.backends.sglang.router import RouterClient, router_command
 from slime.observability.run_status import ProcessInfo
 from slime.ray import cluster
@@ -24,7 +27,6 @@ from slime.ray.liveness import THREADS, Liveness
 from slime.ray.waiting import wait_for
 from slime.utils.processes import ServerProcess, free_port
 from slime.weight_sync.base import EngineError
-from slime.weight_sync.sync import on_each
 from slime.weight_sync.transports import shared_memory_folder
 
 __all__ = ["EngineRecord", "Engines"]
@@ -37,6 +39,9 @@ _ROUTER_TIMEOUT_S = 60.0
 _REGISTER_TIMEOUT_S = 120.0
 _STOP_TIMEOUT_S = 5.0
 _ASK_TIMEOUT_S = 5.0
+_NOTICE_S = 10.0  # in which a death that a failed call hints at shows
+_POLL_S = 0.5
+_MEMORY = ("weights", "kv_cache")
 _ROUTER = "router"
 
 
@@ -52,6 +57,8 @@ class _Slot:
     """Whether the router sends it requests."""
     death: str | None = None
     """How what runs here was lost; None while it serves."""
+    gave_back: set[str] = field(default_factory=set)
+    """The kinds of memory that it does not hold now; what is started anew holds all."""
 
     @property
     def name(self) -> str:
@@ -118,7 +125,7 @@ class Engines:
         healthy = {slot.name: slot.actor.wait_until_healthy.remote(timeout_s) for slot in slots}
         wait_for(healthy, "answer", timeout_s + 30)
         for slot, spec in zip(slots, specs, strict=True):
-            slot.spec, slot.is_admitted, slot.death = spec, False, None
+            slot.spec, slot.is_admitted, slot.death, slot.gave_back = spec, False, None, set()
             slot.record = EngineRecord(
                 spec.name, spec.url, self._args.rollout_engine, spec.num_devices, str(spec.weights_dir)
             )
@@ -229,15 +236,45 @@ class Engines:
 
     def pause(self) -> None:
         """End all requests, and begin none."""
-        on_each([record.client() for record in self.records], lambda engine: engine.pause("abort"))
+        self._on_all(lambda slot, engine: engine.pause("abort"))
 
     def release_memory(self) -> None:
         """Give back weights and caches of every engine."""
-        on_each([record.client() for record in self.records], lambda engine: engine.release_memory())
+
+        def release(slot: _Slot, engine: EngineClient) -> None:
+            engine.release_memory()
+            slot.gave_back = set(_MEMORY)
+
+        self._on_all(release)
 
     def resume_memory(self, tags: list[str]) -> None:
         """Take memory back; weights hold nothing until the next sync."""
-        on_each([record.client() for record in self.records], lambda engine: engine.resume_memory(tags))
+
+        def resume(slot: _Slot, engine: EngineClient) -> None:
+            if wanted := [tag for tag in tags if tag in slot.gave_back]:
+                engine.resume_memory(wanted)
+                slot.gave_back -= set(wanted)
+
+        self._on_all(resume)
+
+    def _on_all(self, call: Callable[[_Slot, EngineClient], None]) -> None:
+        """Call every engine at once. One that fails because it is lost is left to the repair, which comes before it is
+        needed; without --use-fault-tolerance `dead` names it.
+
+        Raises:
+            EngineError: a call failed, and its engine lives.
+        """
+        slots = [(slot, slot.record) for slot in self._slots if slot.record is not None and slot.death is None]
+        with ThreadPoolExecutor(max(1, len(slots)), thread_name_prefix="engines") as pool:
+            calls = [(slot, pool.submit(call, slot, record.client())) for slot, record in slots]
+        failed = [(slot, error) for slot, done in calls if (error := done.exception()) is not None]
+        deadline = time.monotonic() + _NOTICE_S
+        while failed and time.monotonic() < deadline:
+            self.dead()
+            failed = [(slot, error) for slot, error in failed if slot.death is None]
+            time.sleep(_POLL_S if failed else 0)
+        if failed:
+            raise failed[0][1]
 
     def stop(self) -> None:
         """End every process that was started here."""
