@@ -180,7 +180,7 @@ class Run:
         self.sync()
 
     def _export_what_was_cut_off(self) -> None:
-        """A run that was killed between a checkpoint and its export is resumed after both, so the export is made now."""
+        """A run that was killed between a checkpoint and its export goes on after both, so the export is made now."""
         if not self.args.save_hf or self.args.load != self.args.save or not self.schedule.saved_before_start:
             return
         folder = self.args.save_hf.format(rollout_id=self.schedule.start - 1)

@@ -48,10 +48,12 @@ def main(arguments: list[str]) -> None:
     for ignored in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(ignored, signal.SIG_IGN)
     run = _Run(token, Path(log), float(grace_s))
-    began_s = run.wait_for_the_end(int(descriptor), _Held(int(driver_pid)))
+    driver = _Held(int(driver_pid))
+    began_s = run.wait_for_the_end(int(descriptor), driver)
     run.end_processes(began_s)
     for folder in shared_memory_folders(token):
         shutil.rmtree(folder, ignore_errors=True)
+    run.end_driver(driver)
 
 
 class _Run:
@@ -59,14 +61,15 @@ class _Run:
 
     def __init__(self, token: str, log: Path, grace_s: float) -> None:
         self._token, self._log, self._grace_s = token, log, grace_s
+        self._told_s: float | None = None
+        """Since when the driver should clean up, because a signal said so."""
 
     def wait_for_the_end(self, pipe: int, driver: "_Held") -> float:
         """Return once the driver is gone or has closed the pipe: `time.monotonic()` of when that began."""
         leaving_s: float | None = None  # since when it cleans up by itself
-        told_s: float | None = None  # since when it should, because a signal said so
         watched = [pipe, driver.pidfd] if driver.pidfd is not None else [pipe]
         while True:
-            began_s = told_s or leaving_s
+            began_s = self._told_s or leaving_s
             readable, _, _ = select.select(watched, [], [], None if began_s is None else _POLL_S)
             now = time.monotonic()
             received = os.read(pipe, 4096) if pipe in readable else b""
@@ -75,11 +78,28 @@ class _Run:
             if LEAVING in received:
                 leaving_s = leaving_s or now
             if any(number in received for number in _LEAVING_SIGNALS):
-                told_s = told_s or now
+                self._told_s = self._told_s or now
             if began_s is not None and now - began_s > self._grace_s:
                 kill_marked(self._token, self._log)
-            if told_s is not None and now - told_s > self._grace_s + _DRIVER_GRACE_S and driver.kill():
-                _write(self._log, f"killed the driver (pid {driver.pid}), {now - told_s:.1f} s after a signal to leave")
+            if self._is_overdue(now):
+                self._kill_driver(driver, now)
+
+    def end_driver(self, driver: "_Held") -> None:
+        """A driver that a signal told to leave has nothing more to do than to end; a hanging one is made to."""
+        if self._told_s is None or driver.pidfd is None:
+            return
+        while not select.select([driver.pidfd], [], [], _POLL_S)[0]:
+            if self._is_overdue(now := time.monotonic()):
+                self._kill_driver(driver, now)
+                return
+
+    def _is_overdue(self, now: float) -> bool:
+        return self._told_s is not None and now - self._told_s > self._grace_s + _DRIVER_GRACE_S
+
+    def _kill_driver(self, driver: "_Held", now: float) -> None:
+        if driver.kill():
+            waited_s = now - (self._told_s or now)
+            _write(self._log, f"killed the driver (pid {driver.pid}), {waited_s:.1f} s after a signal to leave")
 
     def end_processes(self, began_s: float) -> None:
         """Wait for the marked processes to end, and kill those that have not after the grace."""

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Self
@@ -18,6 +19,7 @@ from typing import Self
 from slime.utils import reaper
 
 _FINISH_TIMEOUT_S = 12.0
+_FINISH_POLL_S = 0.1
 
 _pipe_of_the_reaper: int | None = None
 """Write end in this process; a forked child closes its copy, or the reaper would wait for the child too."""
@@ -101,8 +103,11 @@ class RunMarker:
         _close_pipe()
         if os.environ.get(reaper.TOKEN_VARIABLE) == self.token:
             del os.environ[reaper.TOKEN_VARIABLE]
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(_FINISH_TIMEOUT_S)
+        deadline = time.monotonic() + _FINISH_TIMEOUT_S
+        while self._process.poll() is None and time.monotonic() < deadline:
+            if not (any(reaper.marked_processes(self.token)) or reaper.shared_memory_folders(self.token)):
+                return  # the reaper itself may stay a little, to see this process end
+            time.sleep(_FINISH_POLL_S)
 
 
 def folder_prefix(purpose: str) -> str:

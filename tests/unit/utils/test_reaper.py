@@ -150,7 +150,7 @@ def test_a_run_that_ends_by_itself_leaves_nothing_and_waits_for_that(begin: Begi
     driver = begin(IGNORES_SIGTERM, then=ENDS, expected=0)
     assert driver.process.wait(20) == 0
     assert not driver.marked()
-    assert driver.reaper_has_ended()
+    wait_until(driver.reaper_has_ended, timeout_s=5)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
