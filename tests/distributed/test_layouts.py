@@ -94,3 +94,27 @@ def test_a_stage_that_comes_late_receives_what_was_sent(
     together = ranks.run(_train_with_a_slow_first_stage, 2, case.args(model, **INTERLEAVED), case.rollouts[:1])
     first = ranks.run(_train, 1, case.args(model), case.rollouts[:1])[0]
     assert tiny.largest_difference(first["weights"], together[0]["weights"]) < 1e-6
+
+
+def _train_and_save(rank: int, world_size: int, port: int, args: Any, rollouts: Any) -> None:
+    from slime.backends.megatron.trainer import MegatronTrainer
+
+    trainer = MegatronTrainer(args, rank, world_size, "127.0.0.1", port)
+    trainer.init()
+    for i, data in enumerate(rollouts):
+        trainer.train(i, tiny.shard_of(trainer, data))
+    trainer.save(len(rollouts) - 1)
+    trainer.close()
+
+
+def test_chunks_save_what_whole_models_load(
+    ranks: RankPool, trained: tuple[tiny.Case, Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    """The first step on four ranks with two chunks each, the second on two ranks with the whole model each."""
+    case, model, alone = trained
+    print(f"SLIME_TEST_SEED={SEED}; {case}")
+    save = str(tmp_path / "checkpoints")
+    ranks.run(_train_and_save, 4, case.args(model, save=save, **SEQUENCE, **INTERLEAVED), case.rollouts[:1])
+    resumed = ranks.run(_train, 2, case.args(model, load=save), case.rollouts[1:])[0]
+    assert resumed["start"] == 1
+    assert tiny.largest_difference(alone["weights"], resumed["weights"]) < 1e-6
