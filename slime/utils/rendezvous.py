@@ -28,6 +28,15 @@ def tcp_store(address: str, port: int, *, rank: int, world_size: int, timeout: t
     )
 
 
+def connect(address: str, port: int, *, timeout: timedelta) -> dist.TCPStore:
+    """One more connection to the store of `tcp_store`, of this process's own.
+
+    Args:
+        timeout: of each request.
+    """
+    return dist.TCPStore(address, port, is_master=False, timeout=timeout)
+
+
 def keep_gloo_on(address: str) -> None:
     """Where ranks meet on loopback, have gloo's connections between them there too; GLOO_SOCKET_IFNAME goes first.
 

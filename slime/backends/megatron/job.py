@@ -23,6 +23,7 @@ from slime.backends.megatron.microbatches import Packer, TrainStep, local_rollou
 from slime.backends.megatron.model import build_models, unwrap
 from slime.backends.megatron.passes import compute_log_probs, forward_backward
 from slime.backends.megatron.reference import HostWeights
+from slime.backends.megatron.roll_call import RollCall
 from slime.backends.megatron.stopwatch import Stopwatch
 from slime.backends.megatron.train_dump import save_train_dump
 from slime.backends.megatron.weights import MegatronWeights, load_hf_weights
@@ -51,6 +52,7 @@ class TrainingJob:
     ) -> None:
         self.args, self.rank, self.world_size = args, rank, world_size
         parallel.initialize(args, accelerator, rank, world_size, master_addr, master_port)
+        self.roll_call = RollCall(master_addr, master_port, rank, world_size)
         if path := getattr(args, "custom_megatron_init_path", None):
             load_function(path)(args)
         config = read_config(args.hf_checkpoint)
@@ -60,7 +62,7 @@ class TrainingJob:
         self.optimizer = optimizers.build_optimizer(args, self.models)
         self.scheduler = optimizers.build_scheduler(args, self.optimizer)
         self._tell_schedules()
-        self.weights = MegatronWeights(self.models, family, shape)
+        self.weights = MegatronWeights(self.models, family, shape, self.roll_call)
         self.memory = TrainingMemory(self.models, self.optimizer, accelerator)
         self.reference: HostWeights | None = None
         self._saver = checkpoint.Saver(args) if getattr(args, "save", None) else None

@@ -54,7 +54,8 @@ class MegatronTrainer:
         from slime.backends.megatron.job import TrainingJob
 
         self._job = TrainingJob(self.args, self.accelerator, self.rank, self.world_size, *self._address)
-        return self._job.load()
+        with self._job.roll_call.during("load the model"):
+            return self._job.load()
 
     @property
     def job(self) -> "TrainingJob":
@@ -84,8 +85,10 @@ class MegatronTrainer:
 
         Raises:
             FloatingPointError: a gradient that is not finite, before it reaches the weights.
+            RuntimeError: other ranks did not come; names them. (So does every verb in which ranks wait.)
         """
-        return self.job.train(rollout_id, shard)
+        with self.job.roll_call.during(f"train on rollout {rollout_id}"):
+            return self.job.train(rollout_id, shard)
 
     def weights(self) -> WeightSource:
         """The live weights under HuggingFace names."""
@@ -100,7 +103,8 @@ class MegatronTrainer:
             OSError: the disk has not the room.
             RuntimeError: a rank could not write.
         """
-        self.job.save(rollout_id)
+        with self.job.roll_call.during(f"save rollout {rollout_id}"):
+            self.job.save(rollout_id)
 
     def finish_saves(self, timeout_s: float | None = None) -> None:
         """Wait until what was saved counts as the newest checkpoint.
@@ -113,7 +117,8 @@ class MegatronTrainer:
 
     def save_hf(self, path: str) -> None:
         """Write a HuggingFace folder, with the other files of --hf-checkpoint."""
-        self.job.save_hf(path)
+        with self.job.roll_call.during(f"write {path}"):
+            self.job.save_hf(path)
 
     def sleep(self) -> None:
         """Give back the memory that only training needs."""

@@ -5,6 +5,7 @@ The table of the family is used in both directions; what is here is which rank h
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from slime.backends.megatron.model import global_parameters
+from slime.backends.megatron.roll_call import RollCall
 from slime.models.families import family_of
 from slime.models.hf_folder import HfReader
 from slime.models.shape import ModelShape, read_config
@@ -107,8 +109,12 @@ class MegatronWeights:
     Building one is collective.
     """
 
-    def __init__(self, models: Sequence[torch.nn.Module], family: Family, shape: ModelShape) -> None:
+    def __init__(
+        self, models: Sequence[torch.nn.Module], family: Family, shape: ModelShape, roll_call: RollCall | None = None
+    ) -> None:
+        """With `roll_call`, an error of a rank that waited in vain names those that did not come."""
         self._models, self._family, self._shape = models, family, shape
+        self._during = nullcontext if roll_call is None else roll_call.during
         self._order = all_names(family, shape)
         self._held = _who_holds_what(models)
 
@@ -132,7 +138,8 @@ class MegatronWeights:
         for name in self._order:
             hf_names, layout = self._family.find(name)
             sizes = self._sizes(self._held[name], layout)
-            whole = self._gathered(parameters.get(name), self._held[name], layout)
+            with self._during("gather the weights"):
+                whole = self._gathered(parameters.get(name), self._held[name], layout)
             parts = [None] * len(hf_names) if whole is None else layout.split(whole, self._shape)
             for hf_name, part, size in zip(hf_names, parts, sizes, strict=True):
                 if num_bytes and num_bytes + size > size_bytes:
