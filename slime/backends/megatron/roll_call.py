@@ -52,8 +52,8 @@ class RollCall:
                 raise
             waited = time.monotonic() - self._since
             raise RuntimeError(
-                f"Training rank {self._rank} of {self._world_size} could not go on {waited:.1f} s after it had begun to "
-                f"{what}: {self._answers()} torch says: {error}"
+                f"Training rank {self._rank} of {self._world_size} could not go on {waited:.1f} s after it had begun "
+                f"to {what}: {self._answers()} torch says: {error}"
             ) from error
         finally:
             self._does, self._since = before
