@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.save_hf_model(tmp_path_factory.mktemp("llama"), "llama")
 
 
-def _train_without(rank: int, world_size: int, port: int, args: Any, rollout: Any, missing: int) -> str:
+def _train_without(rank: int, world_size: int, port: int, args: Any, rollout: Any, missing: int, heard: Path) -> str:
     """One rank stops itself before it trains; what the others say of it. Rank 2 lets it go on in the end."""
     import torch.distributed as dist
 
@@ -39,7 +40,10 @@ def _train_without(rank: int, world_size: int, port: int, args: Any, rollout: An
         return str(error)
     finally:
         if rank == 2:
+            heard.touch()
             os.kill(pids[missing], signal.SIGCONT)
+        while not heard.exists():  # a trainer's process outlives its error; the others may ask it
+            time.sleep(0.1)
     return "trained"
 
 
@@ -52,10 +56,10 @@ def _train_without(rank: int, world_size: int, port: int, args: Any, rollout: An
     ids=["rank 1", "rank 0, where they meet"],
 )
 def test_a_rank_that_stopped_is_named_by_those_who_waited(
-    ranks: RankPool, model: Path, missing: int, named: str
+    ranks: RankPool, model: Path, tmp_path: Path, missing: int, named: str
 ) -> None:
     args = tiny.training_args(model, global_batch_size=12, distributed_timeout_minutes=0.2)
-    said = ranks.run(_train_without, 3, args, ROLLOUT, missing)
+    said = ranks.run(_train_without, 3, args, ROLLOUT, missing, tmp_path / "heard")
     for rank in {0, 1, 2} - {missing}:
         assert f"Training rank {rank} of 3" in said[rank]
     assert re.search(named, said[2]), said[2]

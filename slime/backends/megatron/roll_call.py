@@ -72,22 +72,22 @@ class RollCall:
         asking = threading.Thread(target=self._ask, args=(said,), name="roll call, asking", daemon=True)
         asking.start()
         asking.join(2 * _ANSWER_S)
-        if self._rank not in said:
+        if not said:
             return "rank 0, where the ranks meet, does not answer: it is stopped or has ended."
         silent = ", ".join(str(rank) for rank in range(self._world_size) if rank not in said)
-        others = "; ".join(f"rank {rank}: {does}" for rank, does in said.items() if rank != self._rank)
+        others = "; ".join(f"rank {rank}: {does}" for rank, does in sorted(said.items()) if rank != self._rank)
         named = f"rank {silent} of them does not answer: stopped or ended." if silent else "all ranks answer."
         return f"{named} What the others do: {others}." if others else named
 
     def _ask(self, said: dict[int, str]) -> None:
-        """Call the roll and fill in what each rank says, this one's own last."""
+        """Call the roll and fill in what each rank says, this one too."""
         try:
             self._store.set(_ASKED, str(self._rank))
-            keys = {rank: f"{_ASKED}/{rank}" for rank in range(self._world_size)}
             deadline = time.monotonic() + _ANSWER_S
-            while time.monotonic() < deadline and not self._store.check(list(keys.values())):
+            while len(said) < self._world_size and time.monotonic() < deadline:
                 time.sleep(0.05)
-            said |= {rank: self._store.get(key).decode() for rank, key in keys.items() if self._store.check([key])}
+                for rank in set(range(self._world_size)) - said.keys():
+                    if self._store.check([key := f"{_ASKED}/{rank}"]):
+                        said[rank] = self._store.get(key).decode()
         except RuntimeError:  # the store has gone
             return
-        said[self._rank] = self._does
