@@ -121,6 +121,12 @@ class Liveness:
         with self._lock:
             self._watched[name] = _Watched(name, actor)
 
+    def introduce(self, name: str, pid: int, host: str) -> None:
+        """A watched actor has started, and this is its process: from now on its silence counts."""
+        with self._lock:
+            if (entry := self._watched.get(name)) is not None and entry.pid is None:
+                entry.pid, entry.host = pid, host
+
     def forget(self, name: str) -> None:
         with self._lock:
             self._watched.pop(name, None)

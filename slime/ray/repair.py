@@ -114,6 +114,7 @@ class Repairs:
                     dead = None
         finally:
             self._is_repairing = False
+            self._question = None  # its answer may be older than the repair
 
     def _restart_with_weights(self) -> None:
         restarted = self._ask("restart_servers", "start lost servers again")

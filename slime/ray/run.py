@@ -320,6 +320,9 @@ class Run:
         trainers = self._actor.processes() if self._actor is not None else []
         (others,) = wait_for({_MANAGER: self._manager.processes.remote()}, "tell its processes", 60)
         self._status.processes([ProcessInfo("driver", "driver", os.getpid()), *trainers, *others])
+        for process in (*trainers, *others):
+            name = _MANAGER if process.role == "manager" else process.name
+            self._liveness.introduce(name, process.pid, process.host)
 
     def _write_start(self) -> None:
         """What came before the first step (set-up, sync, evaluation) is the line of the step before it.

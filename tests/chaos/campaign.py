@@ -17,7 +17,7 @@ from tests.chaos.tiny_run import NAMES, TinyRun
 _WATCH_S = 0.005
 _IDLE_S = 0.05
 _USUAL_START_S = 25.0
-_NAME = "|".join(sorted(map(re.escape, NAMES), key=len, reverse=True))
+_NAME = "|".join(sorted(map(re.escape, (*NAMES, GRADING_CHILD)), key=len, reverse=True))
 _KNOWN = re.compile(_NAME)
 _ACCUSED = re.compile(
     rf"({_NAME})(?: \([^)]*\))? "
@@ -243,10 +243,10 @@ class Campaign:
             outcome.problems.append("the run went on without it")
         if not self.run.is_fault_tolerant and target != GRADING_CHILD:
             outcome.problems.append("the run went on without --use-fault-tolerance")
-        lines = [line for line in driver.text()[written:].splitlines() if target in line]
-        outcome.message = next((line for line in lines if "WARNING" in line or "ERROR" in line), "")
+        lines = [line for line in driver.text()[written:].splitlines() if "WARNING" in line or "ERROR" in line]
+        outcome.message = next((line for line in lines if names(line, outcome.attack)), "")
         if not outcome.message:
-            outcome.problems.append(f"no warning names {target}")
+            outcome.problems.append(f"no warning says that {target} was lost")
 
     def _check_left(self, driver: Driver, problems: list[str]) -> None:
         left = driver.family.wait_for_end(self.limits.leave)

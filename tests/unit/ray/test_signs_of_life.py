@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -68,6 +69,22 @@ def two(ray: Any, worker: Any, liveness: Any) -> tuple[list[Any], list[int]]:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     return actors, pids
+
+
+def test_a_process_that_is_stopped_before_its_first_sign_is_named_once_it_was_introduced(
+    ray: Any, worker: Any, liveness: Any
+) -> None:
+    actor = worker()
+    pid = ray.get(actor.pid.remote())
+    os.kill(pid, signal.SIGSTOP)
+    liveness.watch("rank 0", actor)
+    liveness.introduce("rank 0", pid, socket.gethostname())
+    deadline = time.monotonic() + PATIENCE_S
+    while not liveness.lost():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert f"rank 0 (pid {pid}) has given no sign of life" in liveness.lost()["rank 0"]
+    assert "stopped by a signal" in liveness.lost()["rank 0"]
 
 
 def test_a_stopped_process_is_named_by_whoever_waits_for_another(ray: Any, worker: Any, liveness: Any) -> None:
