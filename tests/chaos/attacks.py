@@ -80,15 +80,15 @@ def draw_stops(targets: Sequence[str], phases: Sequence[str], seed: int, count: 
     return attacks
 
 
-def rollouts_needed(attacks: Sequence[Attack]) -> int:
-    """A number of rollouts in which all of them find their phase, ending with a save."""
-    last = max((attack.rollout + _rollouts_between(attack.phase) for attack in attacks), default=0)
+def rollouts_needed(attacks: Sequence[Attack], first: int = 1) -> int:
+    """A number of rollouts in which all of them find their phase, begun at rollout `first`, ending with a save."""
+    last = first + sum(_rollouts_between(attack.phase) for attack in attacks)
     return (last // SAVE_INTERVAL + 2) * SAVE_INTERVAL
 
 
 def _rollouts_between(phase: str) -> int:
     """How many rollouts pass at most until the phase has come once."""
-    return {"save": SAVE_INTERVAL, "eval": EVAL_INTERVAL}.get(phase, 1)
+    return {"save": SAVE_INTERVAL, "eval": EVAL_INTERVAL, START: 0}.get(phase, 1)
 
 
 class Deck:

@@ -5,12 +5,12 @@ import signal
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from slime.observability.run_log import read_metrics
-from tests.chaos.attacks import GRADING_CHILD, RECOVERING, START, Attack
+from tests.chaos.attacks import GRADING_CHILD, RECOVERING, START, Attack, rollouts_needed
 from tests.chaos.processes import Driver, Status, is_actor, is_gone, log_of_worker, send, ticks
 from tests.chaos.tiny_run import NAMES, TinyRun
 
@@ -81,7 +81,7 @@ class Campaign:
         """Start the run again and again until it ends by itself; what went wrong is in `problems` and `outcomes`."""
         self._waiting = list(self.attacks)
         starts = 0
-        while starts <= len(self.attacks):
+        while starts <= 2 * len(self.attacks):
             with Driver(self.run.command(), self.run.folder, self._output(starts)) as driver:
                 self.say(f"start {starts}: pid {driver.pid}")
                 goes_on = self._one_start(driver)
@@ -96,12 +96,15 @@ class Campaign:
         return folder / f"start_{start:03d}.txt"
 
     def _one_start(self, driver: Driver) -> bool:
-        """Attack this start until it ends; whether another start has to follow."""
+        """Attack this start until it ends; whether another start has to follow.
+
+        A run that goes on for long without a stopped process may be over before the last attack: then it is extended.
+        """
         while True:
             attack = self._next(driver)
             status = self._moment(driver, attack)
             if status is None:
-                return self._ended_by_itself(driver, attack)
+                return self._ended_by_itself(driver)
             assert attack is not None
             self._waiting.remove(attack)
             outcome = self._strike(driver, attack, status)
@@ -146,14 +149,16 @@ class Campaign:
             time.sleep(_WATCH_S if seen is not None else 2 * _WATCH_S)
         return None
 
-    def _ended_by_itself(self, driver: Driver, attack: Attack | None) -> bool:
+    def _ended_by_itself(self, driver: Driver) -> bool:
         code = driver.process.wait()
         if code != 0:
             self.problems.append(f"the run ended with {code} though nobody was attacked: {error_of(driver.text())}")
-        elif attack is not None or self._waiting:
-            self.problems.append(f"the run was over before {len(self._waiting)} of the attacks could come")
         self._check_left(driver, self.problems)
-        return False
+        if code != 0 or not self._waiting:
+            return False
+        self.run = replace(self.run, num_rollout=self.run.num_rollout + rollouts_needed(self._waiting, first=0))
+        self.say(f"{len(self._waiting)} attacks are left: the run is extended to {self.run.num_rollout} rollouts")
+        return True
 
     # ---- one attack ----
 

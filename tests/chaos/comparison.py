@@ -52,7 +52,10 @@ def attack_and_compare(
     say("usual times: " + ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in usual_s.items()))
     campaign = Campaign(run, attacks, usual_s, say=say)
     campaign.carry_out()
-    found = differences(peaceful.run.folder, run.folder, run.num_rollout)
+    if campaign.run.num_rollout > run.num_rollout:
+        peaceful.run = replace(peaceful.run, num_rollout=campaign.run.num_rollout)
+        peaceful.carry_out()
+    found = peaceful.problems or differences(peaceful.run.folder, run.folder, campaign.run.num_rollout)
     return Comparison(campaign.outcomes, [*campaign.problems, *found])
 
 

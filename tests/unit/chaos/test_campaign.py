@@ -72,9 +72,12 @@ def test_a_step_that_is_lost_by_resuming_is_found(tmp_path: Path) -> None:
     assert "steps [0, 1, 3, 4, 5]" in difference
 
 
-def test_a_run_that_ends_before_its_attacks_is_a_problem(tmp_path: Path) -> None:
+def test_a_run_that_is_over_before_its_attacks_is_extended(tmp_path: Path) -> None:
     done = campaign(tmp_path, [kill(0, "engine 0", "train", NUM_ROLLOUT + 1)])
-    assert "before 1 of the attacks" in done.problems[0]
+    assert [outcome.kind for outcome in done.outcomes] == ["recovered"]
+    assert done.run.num_rollout > NUM_ROLLOUT
+    assert done.problems == []
+    assert missing_steps(done.run.folder, done.run.num_rollout) == []
 
 
 def test_the_process_that_an_error_blames_is_the_one_that_counts() -> None:
