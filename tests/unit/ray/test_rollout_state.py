@@ -1,10 +1,14 @@
 """What the rollout manager saves belongs to the checkpoint's step, however far the next rollout has come."""
 
 from argparse import Namespace
+from collections.abc import Iterator
 from typing import Any
+
+import pytest
 
 from slime.ray.rollout import RolloutController
 from slime.rollout.base_types import GroupFates, RolloutFnTrainOutput
+from slime.rollout.progress import set_bar_factory
 from slime.utils.types import Sample
 
 
@@ -29,6 +33,13 @@ class CountingSource:
 
     def save(self, rollout_id: int) -> None:
         self.saved.append((rollout_id, self.given if self.kept is None else self.kept))
+
+
+@pytest.fixture(autouse=True)
+def bars_of_the_process() -> Iterator[None]:
+    """A manager draws its own bars, for all of its process."""
+    yield
+    set_bar_factory(None)
 
 
 def controller(tmp_path: Any) -> tuple[RolloutController, CountingSource]:
