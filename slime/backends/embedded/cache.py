@@ -43,6 +43,11 @@ class SlotCache:
         self.values: list[Tensor] = []
 
     @property
+    def widest(self) -> int:
+        """Elements of the keys, or of the values, of one position in one layer; the most of all layers."""
+        return max(shape.num_heads * max(shape.key_dim, shape.value_dim) for shape in self.shapes)
+
+    @property
     def bytes_per_position(self) -> int:
         """Bytes that one position of one sequence takes over all layers."""
         return sum(shape.numbers for shape in self.shapes) * self.dtype.itemsize

@@ -153,7 +153,10 @@ def make_steady(model: ServedModel) -> None:
             if key not in proved:
                 proved[key] = prove_matrix(*key[:2], module.matrix, module.bias)
             module.matrix = SteadyMatrix(module.matrix, proved[key])
-        elif isinstance(module, FusedRMSNorm) and module.shape[0] not in norms:
+        elif isinstance(module, FusedRMSNorm):
+            module.few_rows = 0
+            if module.shape[0] in norms:
+                continue
             _refuse_padding(module, module.shape[0], model.dtype, "A norm")
             norms.add(module.shape[0])
     for width in {layer.gate_width for layer in model.fused_layers()}:

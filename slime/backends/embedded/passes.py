@@ -5,7 +5,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from slime.backends.embedded.attention import DecodeBatch, PrefillBatch, PrefillSegment
+from slime.backends.embedded.attention import PrefillBatch, PrefillSegment, decode_batch
 from slime.backends.embedded.cache import SlotCache
 from slime.backends.embedded.model import ServedModel
 from slime.backends.embedded.sampling import Sampled, Sampler, SamplingRow
@@ -38,8 +38,7 @@ class FastPasses:
         return self.model.logits(tokens, positions, torch.tensor(keep), PrefillBatch(segments), self.cache)
 
     def decode(self, tokens: list[int], positions: list[int]) -> Tensor:
-        batch = DecodeBatch(torch.tensor(positions))
-        return self.model.logits(tokens, batch.positions, None, batch, self.cache)
+        return self.model.logits(tokens, positions, None, decode_batch(positions, self.cache), self.cache)
 
     def sample(self, logits: Tensor, rows: list[SamplingRow]) -> list[Sampled]:
         return self.sampler.sample(logits, rows)
