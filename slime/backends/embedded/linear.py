@@ -185,7 +185,7 @@ class FusedRMSNorm(nn.Module):
 
     fp32 is bit-equal to the modules it replaces; in bf16 the product with the weight is rounded once instead of twice.
     Up to `few_rows` bf16 rows go through torch's layer norm, one kernel instead of seven: beside its mirror image x has
-    no mean, and its variance is its mean square.
+    no mean, and its variance is its mean square. `few_rows` = 0 gives a row the same bits among any number of rows.
     """
 
     def __init__(self, weight: nn.Parameter, eps: float) -> None:

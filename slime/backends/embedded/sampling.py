@@ -131,7 +131,8 @@ class Sampler:
             self._scratch = torch.full((len(rows), self.num_blocks * BLOCK), float("-inf"))
         x = self._scratch[: len(rows)]
         x[:, : self.vocab_size] = logits[:, : self.vocab_size]
-        x[:, self.vocab_size :] = float("-inf")
+        if self.vocab_size < x.shape[1]:
+            x[:, self.vocab_size :] = float("-inf")
         for i, row in enumerate(rows):
             if row.changes_logits:
                 _change_logits(x[i], row)
@@ -173,16 +174,15 @@ class Sampler:
         """The token at which the cumulative sum of p [B, V] passes `mass` [B]."""
         blocks = torch.searchsorted(cumulative, mass[:, None], right=True).clamp_(max=self.num_blocks - 1)
         before = cumulative.gather(1, blocks) - block_sums.gather(1, blocks)
-        rows = torch.arange(p.shape[0])
-        inner = p.view(p.shape[0], self.num_blocks, BLOCK)[rows, blocks[:, 0]].double().cumsum_(-1)
-        offsets = torch.searchsorted(inner, mass[:, None] - before, right=True)[:, 0]
-        tokens = blocks[:, 0] * BLOCK + offsets.clamp_(max=BLOCK - 1)
+        first_blocks = torch.arange(0, p.shape[0] * self.num_blocks, self.num_blocks)
+        chosen = p.view(-1, BLOCK).index_select(0, blocks[:, 0] + first_blocks)
+        inner = chosen.double().cumsum_(-1)
+        offsets = torch.searchsorted(inner, mass[:, None] - before, right=True).clamp_(max=BLOCK - 1)
         # Rounding may point at a token without mass; take the likeliest one of its block then.
-        impossible = p[rows, tokens] <= 0
+        impossible = chosen.gather(1, offsets) <= 0
         if impossible.any():
-            likeliest = p.view(p.shape[0], self.num_blocks, BLOCK)[rows, blocks[:, 0]].argmax(-1)
-            tokens = torch.where(impossible, blocks[:, 0] * BLOCK + likeliest, tokens)
-        return tokens
+            offsets = torch.where(impossible, chosen.argmax(-1, keepdim=True), offsets)
+        return (blocks * BLOCK + offsets)[:, 0]
 
 
 def prompt_log_probs(
