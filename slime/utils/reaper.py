@@ -138,7 +138,14 @@ def shared_memory_folders(token: str) -> list[Path]:
     """Folders that the run made for handing over weights (`slime-<what for>-<token>-<random>`)."""
     parents = {_SHARED_MEMORY, tempfile.gettempdir()}
     found = [path for parent in sorted(parents) for path in Path(parent).glob(f"slime-*-{token}-*")]
-    return [path for path in found if path.lstat().st_uid == os.getuid() and not path.is_symlink()]
+    return [path for path in found if _is_own_folder(path)]
+
+
+def _is_own_folder(path: Path) -> bool:
+    try:
+        return path.lstat().st_uid == os.getuid() and not path.is_symlink()
+    except FileNotFoundError:  # another has just removed it
+        return False
 
 
 def _carries(pid: int, token: str) -> bool:
