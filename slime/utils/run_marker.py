@@ -20,6 +20,9 @@ from slime.utils import reaper
 
 _FINISH_TIMEOUT_S = 12.0
 _FINISH_POLL_S = 0.1
+_KEEP_ENVIRONMENT = "SPT_NOENV"
+"""Told by this, setproctitle does not write a process's title over its environment, where the marker stands: the agents
+of Ray, which otherwise live on for some time when their driver is killed, would lose it."""
 
 _pipe_of_the_reaper: int | None = None
 """Write end in this process; a forked child closes its copy, or the reaper would wait for the child too."""
@@ -84,6 +87,7 @@ class RunMarker:
             os.close(read_end)
         _pipe_of_the_reaper = write_end
         os.environ[reaper.TOKEN_VARIABLE] = token
+        os.environ[_KEEP_ENVIRONMENT] = "1"
         if _tells_signals and threading.current_thread() is threading.main_thread():
             signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
         return cls(token, process)
@@ -103,6 +107,7 @@ class RunMarker:
         _close_pipe()
         if os.environ.get(reaper.TOKEN_VARIABLE) == self.token:
             del os.environ[reaper.TOKEN_VARIABLE]
+            os.environ.pop(_KEEP_ENVIRONMENT, None)
         deadline = time.monotonic() + _FINISH_TIMEOUT_S
         while self._process.poll() is None and time.monotonic() < deadline:
             if not (any(reaper.marked_processes(self.token)) or reaper.shared_memory_folders(self.token)):

@@ -16,6 +16,7 @@ from tests.run_processes import marked_pids, wait_until
 ROOT = Path(__file__).resolve().parents[3]
 SLEEPS = "import time; print('up', flush=True); time.sleep(600)"
 IGNORES_SIGTERM = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); " + SLEEPS
+TAKES_A_TITLE = "import ray, setproctitle; setproctitle.setproctitle('ray::Agent'); " + SLEEPS  # ray brings it along
 DOUBLE_FORKS = """
 import os, sys, time
 if os.fork() == 0:
@@ -123,6 +124,16 @@ def test_after_sigkill_of_the_driver_nothing_of_the_run_is_left(begin: Begin, tm
     wait_until(lambda: not driver.marked() and not folder.exists(), timeout_s=10)
     wait_until(driver.reaper_has_ended, timeout_s=5)
     assert driver.log.read_text().count("which outlived its run") == 3
+
+
+def test_a_process_that_takes_a_title_is_still_known_as_the_runs(begin: Begin) -> None:
+    """setproctitle writes titles over the environment, unless it is told not to."""
+    driver = begin(TAKES_A_TITLE)
+    (pid,) = driver.marked()
+    wait_until(lambda: _words(pid).startswith(b"ray::Agent"), timeout_s=60)
+    assert driver.marked() == [pid]
+    driver.process.kill()
+    wait_until(lambda: not _words(pid), timeout_s=10)
 
 
 def test_what_belongs_to_another_run_or_to_none_is_left_alone(begin: Begin) -> None:
