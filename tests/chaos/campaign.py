@@ -21,9 +21,10 @@ _NAME = "|".join(sorted(map(re.escape, (*NAMES, GRADING_CHILD)), key=len, revers
 _KNOWN = re.compile(_NAME)
 _ACCUSED = re.compile(
     rf"({_NAME})(?: \([^)]*\))? "
-    r"(?:died|has given no sign|was killed|ended(?! with its owner)|did not answer|was lost|failed)"
+    r"(?:died|has given no sign|was killed|ended(?! with its owner)|did not answer|was lost)"
 )
-"""A process that an error says to be the cause; others in it only waited."""
+_FAILED = re.compile(rf"({_NAME}) failed")
+"""A process that an error says to be the cause: one that is gone before one that only failed; others waited."""
 _FORGOTTEN = "the driver has given no sign of life"
 
 
@@ -278,7 +279,7 @@ def names(message: str, attack: Attack) -> bool:
 
     Where it blames nobody in words that are known here, the first process that it names counts.
     """
-    blamed = _ACCUSED.search(message)
+    blamed = _ACCUSED.search(message) or _FAILED.search(message)
     found = blamed[1] if blamed else (known[0] if (known := _KNOWN.search(message)) else None)
     if found is not None and attack.phase == START:
         return found.rstrip(" 01") == attack.target.rstrip(" 01")

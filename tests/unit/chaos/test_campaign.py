@@ -87,6 +87,8 @@ def test_the_process_that_an_error_blames_is_the_one_that_counts() -> None:
     assert not names("actor rank 0 failed to train: connection closed by actor rank 1", attack)
     assert not names("owner of engine 1 died", kill(0, "engine 1", "train", 0))
     assert not names("something went wrong", attack)
+    router = kill(0, "router", "start", 0)
+    assert names("the rollout manager failed to start engines: router ended before it answered: killed", router)
     owner = kill(0, "owner of engine 0", "train", 0)
     assert names("engine 0 ended with its owner: owner of engine 0 (pid 9) has given no sign of life", owner)
     assert names("actor rank 0 died", kill(0, "actor rank 1", "start", 0)), "a starting run's ranks look alike"
