@@ -38,7 +38,7 @@ _FLOAT_KEYS = 1 << 19
 FEW_VALUES = 1 << 16
 """Up to here widening the values costs less than starting oneDNN's bf16 product."""
 LONE_VALUES = 1 << 20
-"""Up to here a lone sequence's keys, and its values, are widened to float32 in one piece."""
+"""Up to here a lone sequence's keys, and its values, are kept in float32 too."""
 SEEN_STEP = 32
 """Decoding reads positions in multiples of this: oneDNN prepares a product for each new shape, which takes long."""
 
@@ -97,14 +97,25 @@ class DecodeBatch:
 _UNREAD = torch.zeros(1, 1, 1)
 
 
-@dataclass
 class LoneDecode:
-    """The next token of row 0 of the cache, which runs alone: no mask, no padding, as few calls as possible.
+    """Row 0 of the cache, running alone: no mask, no padding, as few calls as possible, step after step.
 
-    position: where that token stands in its sequence.
+    Keys and values are kept in float32 beside the cache, so that a step widens what is new and nothing else.
     """
 
-    position: int
+    def __init__(self, cache: SlotCache, position: int) -> None:
+        """position: where the sequence's newest token stands."""
+        self.position = position
+        self._memory = cache.keys[0]
+        self._keys = [keys[0].float() for keys in cache.keys]
+        self._values = [values[0].float() for values in cache.values]
+
+    def goes_on_to(self, position: int, cache: SlotCache) -> bool:
+        """Whether the token at `position` is the next of this sequence, and the cache has not moved since.
+
+        What other sequences did to row 0 in between is for the caller to know.
+        """
+        return position == self.position + 1 and bool(cache.keys) and cache.keys[0] is self._memory
 
     def attend(
         self,
@@ -117,22 +128,40 @@ class LoneDecode:
         window: int | None,
     ) -> Tensor:
         assert cache is not None
-        keys, values = cache.keys[layer][0], cache.values[layer][0]
-        keys.narrow(2, self.position, 1).copy_(key.mT)
-        values.narrow(1, self.position, 1).copy_(value)
-        first = 0 if window is None else max(0, self.position + 1 - window)
-        seen = self.position + 1 - first
+        keys, values, position = self._keys[layer], self._values[layer], self.position
+        for memory in (cache.keys[layer][0], keys):
+            memory.narrow(2, position, 1).copy_(key.mT)
+        for memory in (cache.values[layer][0], values):
+            memory.narrow(1, position, 1).copy_(value)
+        first = 0 if window is None else max(0, position + 1 - window)
+        seen = position + 1 - first
         grouped = query.view(key.shape[0], -1, query.shape[-1]).float()
-        scores = torch.baddbmm(_UNREAD, grouped, keys.narrow(2, first, seen).float(), beta=0, alpha=scale)
-        attended = torch.bmm(scores.softmax(-1), values.narrow(1, first, seen).float())
+        scores = torch.baddbmm(_UNREAD, grouped, keys.narrow(2, first, seen), beta=0, alpha=scale)
+        attended = torch.bmm(scores.softmax(-1), values.narrow(1, first, seen))
         return attended.to(query.dtype).view(1, query.shape[0], -1)
 
 
-def decode_batch(positions: list[int], cache: SlotCache) -> Batch:
-    """The fastest way to attend for the next token of each of the first rows; positions: where these tokens stand."""
-    if len(positions) == 1 and (positions[0] + 1) * cache.widest <= LONE_VALUES:
-        return LoneDecode(positions[0])
-    return DecodeBatch(torch.tensor(positions))
+class DecodeBatches:
+    """The fastest way to attend for the next tokens of the running sequences, step after step."""
+
+    def __init__(self, cache: SlotCache) -> None:
+        self._cache = cache
+        self._lone: LoneDecode | None = None
+
+    def forget(self) -> None:
+        """Row 0 may hold another sequence from now on."""
+        self._lone = None
+
+    def next(self, positions: list[int]) -> Batch:
+        """positions: where the newest token of each of the first rows stands."""
+        if len(positions) > 1 or (positions[0] + 1) * self._cache.widest > LONE_VALUES:
+            self._lone = None
+            return DecodeBatch(torch.tensor(positions))
+        if self._lone is not None and self._lone.goes_on_to(positions[0], self._cache):
+            self._lone.position = positions[0]
+        else:
+            self._lone = LoneDecode(self._cache, positions[0])
+        return self._lone
 
 
 def attend_grouped(

@@ -5,7 +5,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from slime.backends.embedded.attention import PrefillBatch, PrefillSegment, decode_batch
+from slime.backends.embedded.attention import DecodeBatches, PrefillBatch, PrefillSegment
 from slime.backends.embedded.cache import SlotCache
 from slime.backends.embedded.model import ServedModel
 from slime.backends.embedded.sampling import Sampled, Sampler, SamplingRow
@@ -31,14 +31,16 @@ class FastPasses:
 
     def __init__(self, model: ServedModel, cache: SlotCache, sampler: Sampler) -> None:
         self.model, self.cache, self.sampler = model, cache, sampler
+        self._decode_batches = DecodeBatches(cache)
 
     def prefill(
         self, tokens: list[int], positions: list[int], keep: list[int], segments: list[PrefillSegment]
     ) -> Tensor:
+        self._decode_batches.forget()
         return self.model.logits(tokens, positions, torch.tensor(keep), PrefillBatch(segments), self.cache)
 
     def decode(self, tokens: list[int], positions: list[int]) -> Tensor:
-        return self.model.logits(tokens, positions, None, decode_batch(positions, self.cache), self.cache)
+        return self.model.logits(tokens, positions, None, self._decode_batches.next(positions), self.cache)
 
     def sample(self, logits: Tensor, rows: list[SamplingRow]) -> list[Sampled]:
         return self.sampler.sample(logits, rows)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from slime.backends.embedded.attention import LONE_VALUES, DecodeBatch, LoneDecode, decode_batch
+from slime.backends.embedded.attention import LONE_VALUES, DecodeBatch, DecodeBatches, LoneDecode
 from slime.backends.embedded.cache import KVShape, SlotCache
 from slime.backends.embedded.linear import FEW_NORM_ROWS, FusedRMSNorm
 
@@ -26,8 +26,9 @@ def test_a_lone_sequence_attends_as_among_others(dtype, tolerance, position, win
     """Four query heads; positions beyond the sequence's end hold numbers that must not be looked at."""
     query, key, value = (torch.randn(heads, 1, size).to(dtype) for heads, size in ((4, 16), (2, 16), (2, 8)))
     outs, caches = [], []
-    for batch in (LoneDecode(position), DecodeBatch(torch.tensor([position]))):
+    for kind in ("lone", "among others"):
         cache = filled_cache(dtype, 128)
+        batch = LoneDecode(cache, position) if kind == "lone" else DecodeBatch(torch.tensor([position]))
         outs.append(batch.attend(0, query, key, value, cache, 0.25, window).float())
         caches.append(cache)
     assert outs[0].shape == (1, 4, 8)
@@ -36,13 +37,42 @@ def test_a_lone_sequence_attends_as_among_others(dtype, tolerance, position, win
     assert torch.equal(caches[0].values[0], caches[1].values[0])
 
 
-def test_a_sequence_goes_alone_unless_it_is_too_long_to_be_widened_at_once():
+def test_a_sequence_goes_alone_unless_it_is_too_long_to_be_kept_twice():
     cache = filled_cache(torch.bfloat16, 64)
+    batches = DecodeBatches(cache)
     assert cache.widest == 2 * 16
     fits = LONE_VALUES // cache.widest
-    assert isinstance(decode_batch([fits - 1], cache), LoneDecode)
-    assert isinstance(decode_batch([fits], cache), DecodeBatch)
-    assert isinstance(decode_batch([3, 4], cache), DecodeBatch)
+    assert isinstance(batches.next([fits - 1]), LoneDecode)
+    assert isinstance(batches.next([fits]), DecodeBatch)
+    assert isinstance(batches.next([3, 4]), DecodeBatch)
+
+
+def test_a_lone_sequence_is_widened_once_until_something_happens_to_its_row():
+    cache = filled_cache(torch.bfloat16, 64)
+    batches = DecodeBatches(cache)
+    first = batches.next([10])
+    assert batches.next([11]) is first
+    assert batches.next([13]) is not first, "another sequence: its positions do not follow"
+    second = batches.next([14])
+    batches.forget()
+    assert batches.next([15]) is not second, "a prompt was computed"
+    third = batches.next([16])
+    batches.next([17, 5])
+    assert batches.next([18]) is not third, "another sequence ran, which may have left its row"
+    fourth = batches.next([19])
+    cache.reserve(2, 128)
+    assert batches.next([20]) is not fourth, "the cache has grown"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_steps_of_a_lone_sequence_see_what_the_cache_holds(dtype):
+    """What is kept beside the cache is what a fresh look at the cache gives."""
+    cache = filled_cache(dtype, 64)
+    batches = DecodeBatches(cache)
+    for position in range(40, 45):
+        query, key, value = (torch.randn(heads, 1, size).to(dtype) for heads, size in ((4, 16), (2, 16), (2, 8)))
+        kept = batches.next([position]).attend(0, query, key, value, cache, 0.25, None)
+        assert torch.equal(kept, LoneDecode(cache, position).attend(0, query, key, value, cache, 0.25, None))
 
 
 @pytest.mark.parametrize("num_rows", [1, FEW_NORM_ROWS, FEW_NORM_ROWS + 1])
