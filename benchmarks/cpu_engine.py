@@ -9,7 +9,8 @@ disturbs less; one thread computes; the ways take turns --repeats times and the 
 What each side does: the embedded engine and the other module compute a shared prompt once and give the log-prob of
 every token; transformers' generate computes every prompt and gives no log-probs (that is in its favour). None of them
 has HTTP in it. A module named with --against must have `Engine(path, dtype=...)` with `run(requests)` and
-`Req(ids, max_new_tokens=..., ignore_eos=...)`.
+`Req(ids, max_new_tokens=..., ignore_eos=...)`. All of them run in memory of large pages where the kernel has them, as
+the engine's server does.
 
 The limit of a batch counts the products of one new token of every sequence and nothing else (no prompt, no attention,
 no sampling). Both terms are measured in this run, with the same thread: reading all matrices once at the speed of a sum
@@ -23,6 +24,7 @@ import importlib.util
 import json
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,6 +35,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 
 from slime.backends.embedded.engine import Engine, EngineSettings, make_request
+from slime.backends.embedded.launch import HUGE_PAGES
 from slime.backends.embedded.linear import StackedLinear
 from slime.backends.embedded.model import DTYPES, ServedModel
 from slime.backends.embedded.protocol import SamplingParams
@@ -213,5 +216,12 @@ def main(arguments: list[str] | None = None) -> None:
             print(report(dtype, batch, rates, limits.tokens_per_s(batch)), flush=True)
 
 
+def start_as_servers_do() -> None:
+    """Start this program again in the environment that decides, before a process begins, on the pages of its memory."""
+    if "GLIBC_TUNABLES" not in os.environ:
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "GLIBC_TUNABLES": HUGE_PAGES})
+
+
 if __name__ == "__main__":
+    start_as_servers_do()
     main()

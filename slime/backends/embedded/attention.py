@@ -94,8 +94,6 @@ class DecodeBatch:
         return attend_grouped(grouped, seen_keys, seen_values, mask, scale).view(num_rows, query.shape[0], -1)
 
 
-
-
 class LoneDecode:
     """Row 0 of the cache, running alone: no mask, no padding, as few calls as possible, step after step.
 
@@ -107,7 +105,8 @@ class LoneDecode:
         """position: where the sequence's newest token stands."""
         self.position = position
         self._memory = cache.keys[0]
-        self._keys = [keys[0].mT.contiguous() for keys in cache.keys]
+        self._keys = [keys[:1].mT.contiguous() for keys in cache.keys]
+        self._cached = [(keys[0], values[:1]) for keys, values in zip(cache.keys, cache.values, strict=True)]
 
     def goes_on_to(self, position: int, cache: SlotCache) -> bool:
         """Whether the token at `position` is the next of this sequence, and the cache has not moved since.
@@ -126,17 +125,17 @@ class LoneDecode:
         scale: float,
         window: int | None,
     ) -> Tensor:
-        assert cache is not None
-        keys, values, position = self._keys[layer], cache.values[layer][0], self.position
-        cache.keys[layer][0].narrow(2, position, 1).copy_(key.mT)
-        keys.narrow(1, position, 1).copy_(key)
-        values.narrow(1, position, 1).copy_(value)
+        keys, position = self._keys[layer], self.position
+        cached_keys, values = self._cached[layer]
+        cached_keys.narrow(2, position, 1).copy_(key.mT)
+        keys.narrow(2, position, 1).copy_(key)
+        values.narrow(2, position, 1).copy_(value)
         first = 0 if window is None else max(0, position + 1 - window)
         seen = position + 1 - first
         attended = F.scaled_dot_product_attention(
             query.view(1, key.shape[0], -1, query.shape[-1]),  # heads of one key-value head as query positions
-            keys.narrow(1, first, seen)[None],
-            values.narrow(1, first, seen)[None],
+            keys.narrow(2, first, seen),
+            values.narrow(2, first, seen),
             scale=scale,
         )
         return attended.view(1, query.shape[0], -1)

@@ -24,13 +24,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from slime.backends.embedded.attention import DecodeBatch, PrefillBatch, PrefillSegment, attend_grouped
 from slime.backends.embedded.cache import LENGTH_STEP, SlotCache
 from slime.backends.embedded.layer import gated
 from slime.backends.embedded.linear import FusedRMSNorm, Matrix, StackedLinear
 from slime.backends.embedded.model import ServedModel
+from slime.backends.embedded.rotation import RotationTable, changing_rotations
 from slime.backends.embedded.sampling import Sampled, Sampler, SamplingRow
 
 BLOCK_ROWS = 64
@@ -44,13 +45,9 @@ LONGEST_PROVED = 2048
 """Sequences of more positions attend alone: there is nothing to gain by then."""
 ALLOCATED_BEYOND = (0, 3 * LENGTH_STEP)
 """The cache may hold so many positions more than are attended to: another stride, which must not matter."""
-TABLE_BLOCK = 1024
-"""Positions whose rotations are computed at once."""
 TRIAL_LENGTHS = (1, 66, 3, 17, 64, 31)
 """Prompts of the start-up trial."""
 TRIAL_STEPS = 2
-CHANGING_ROTATIONS = ("dynamic", "longrope")
-"""Rotations that depend on the longest sequence of a pass."""
 
 
 class DeterminismError(ValueError):
@@ -174,43 +171,10 @@ def _refuse_padding(function: Callable[[Tensor], Tensor], width: int, dtype: tor
 # Rotations
 
 
-class RotationTable(nn.Module):
-    """Stands for a model's rotary embedding: cosines and sines looked up, so that they depend on the position only.
-
-    A cosine that is computed may differ in its last bit with its place in the vector registers.
-    """
-
-    def __init__(self, rotary: nn.Module) -> None:
-        super().__init__()
-        self.rotary = rotary
-        self._cos, self._sin = torch.empty(0), torch.empty(0)
-
-    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """position_ids [1, T] -> cos and sin [1, T, D] in the dtype of x."""
-        positions = position_ids[0]
-        missing = int(positions.max()) + 1 - self._cos.shape[0]
-        if missing > 0:
-            self._grow(x, -(-missing // TABLE_BLOCK))
-        return self._cos[positions][None], self._sin[positions][None]
-
-    def _grow(self, x: Tensor, num_blocks: int) -> None:
-        cosines, sines = [self._cos], [self._sin]
-        for index in range(num_blocks):
-            start = self._cos.shape[0] + index * TABLE_BLOCK
-            cos, sin = self.rotary(x, torch.arange(start, start + TABLE_BLOCK)[None])
-            cosines.append(cos[0])
-            sines.append(sin[0])
-        parts = slice(0 if self._cos.numel() else 1, None)
-        self._cos, self._sin = torch.cat(cosines[parts]), torch.cat(sines[parts])
-
-
 def fix_rotations(model: ServedModel) -> None:
     """Refuse rotations that depend on the longest sequence; put a table in the place of the others."""
-    for name, module in model.module.named_modules():
-        kinds = getattr(module, "rope_type", None)
-        for kind in kinds.values() if isinstance(kinds, dict) else [kinds]:
-            if kind in CHANGING_ROTATIONS:
-                raise DeterminismError(f"{name} computes rotations of type {kind}, which longer neighbours change")
+    for name, kind in changing_rotations(model.module):
+        raise DeterminismError(f"{name} computes rotations of type {kind}, which longer neighbours change")
     decoder: Any = model.module.get_decoder()
     if model.is_fused and not isinstance(decoder.rotary_emb, RotationTable):
         decoder.rotary_emb = RotationTable(decoder.rotary_emb)

@@ -13,6 +13,8 @@ from slime.backends.base import EngineSpec
 from slime.rollout.sampling import is_deterministic
 from slime.utils.api_key import key_environment
 
+HUGE_PAGES = "glibc.malloc.hugetlb=1"
+"""Weights in pages of 2 MiB where the kernel gives them: a token reads all of them, and each page must be looked up."""
 KV_MEMORY_SHARE_ON_HOST = 0.3
 """Largest part of a host's memory for the key-value caches of all its engines."""
 MAX_RUNNING_REQUESTS = 64
@@ -60,15 +62,19 @@ def _environment(num_threads: int) -> dict[str, str]:
     sources = str(Path(slime.__file__).resolve().parents[1])  # so that it starts where slime is not installed, too
     paths = [sources, *filter(None, [os.environ.get("PYTHONPATH")])]
     # Waiting threads must sleep: spinning ones take the core from the process whose turn it is.
-    return dict(os.environ) | {
-        "PYTHONPATH": os.pathsep.join(paths),
-        "OMP_NUM_THREADS": threads,
-        "MKL_NUM_THREADS": threads,
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "KMP_BLOCKTIME": "0",
-        "GOMP_SPINCOUNT": "0",
-        "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_OFFLINE": "1",
-        "PYTHONUNBUFFERED": "1",
-    }
+    return (
+        {"GLIBC_TUNABLES": HUGE_PAGES}
+        | dict(os.environ)
+        | {
+            "PYTHONPATH": os.pathsep.join(paths),
+            "OMP_NUM_THREADS": threads,
+            "MKL_NUM_THREADS": threads,
+            "OMP_WAIT_POLICY": "PASSIVE",
+            "KMP_BLOCKTIME": "0",
+            "GOMP_SPINCOUNT": "0",
+            "TOKENIZERS_PARALLELISM": "false",
+            "HF_HUB_OFFLINE": "1",
+            "TRANSFORMERS_OFFLINE": "1",
+            "PYTHONUNBUFFERED": "1",
+        }
+    )

@@ -16,6 +16,7 @@ from slime.backends.embedded.attention import Batch, CachedAttention, ShapeProbe
 from slime.backends.embedded.cache import KVShape, SlotCache
 from slime.backends.embedded.layer import FusedDecoderLayer, FusedPass, can_be_fused, can_pass
 from slime.backends.embedded.linear import FusedRMSNorm, LinearPart, StackedLinear
+from slime.backends.embedded.rotation import RotationTable, changing_rotations
 from slime.backends.embedded.weights import ServedWeights, load_folder
 
 STACKED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -131,9 +132,13 @@ class ServedModel:
                 layers[index] = layer
             return False
         if can_pass(self.module):
+            decoder: Any = self.module.get_decoder()
+            rotary = decoder.rotary_emb
+            if not any(changing_rotations(self.module)):
+                decoder.rotary_emb = RotationTable(rotary)
             self.fused_pass = FusedPass(self.module, self.attention)
             if not is_same():
-                self.fused_pass = None
+                self.fused_pass, decoder.rotary_emb = None, rotary
         return True
 
 

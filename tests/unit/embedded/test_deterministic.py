@@ -18,7 +18,6 @@ from slime.backends.embedded.deterministic import (
     BLOCK_ROWS,
     AttentionProof,
     DeterminismError,
-    RotationTable,
     SteadyMatrix,
     prove_matrix,
     prove_rows,
@@ -29,6 +28,7 @@ from slime.backends.embedded.launch import server_command
 from slime.backends.embedded.linear import DenseMatrix, Matrix, PackedMatrix, can_pack
 from slime.backends.embedded.model import ServedModel
 from slime.backends.embedded.protocol import RequestError
+from slime.backends.embedded.rotation import RotationTable
 from slime.backends.embedded.scheduler import Request
 from slime.utils.processes import ServerProcess, free_port
 from tests.contracts.engine.tiny_model import save_tiny_model
