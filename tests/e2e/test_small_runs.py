@@ -93,7 +93,7 @@ def test_an_engine_that_dies_ends_the_run_with_its_name(
     log.seek(0)
     message = log.read().split("train.py: error:")[-1]
     assert "engine 0" in message
-    assert "died" in message
+    assert "was killed by SIGKILL" in message
     _, left = psutil.wait_procs(family, timeout=10)
     assert not left, f"still running: {left}"
 
