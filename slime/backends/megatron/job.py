@@ -191,6 +191,7 @@ class TrainingJob:
         dist.barrier()
 
     def close(self) -> None:
+        self.roll_call.close()
         parallel.close()
 
     # --- training --------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ rendezvous store, and then answers with what its rank is doing. A rank that is s
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 from slime.utils.rendezvous import connect
@@ -21,6 +21,11 @@ _SIGNS = ("timed out", "timeout", "connection closed by peer", "connection reset
 """What torch and gloo say when another rank is late or gone, in lower case."""
 
 
+def _call(rank: int) -> str:
+    """What a rank waits for."""
+    return f"{_ASKED}/call/{rank}"
+
+
 class RollCall:
     """One a rank. Collective verbs run inside `during`."""
 
@@ -30,7 +35,16 @@ class RollCall:
         # Connections of their own: a store that waits lets nobody else through.
         self._store = connect(address, port, timeout=timedelta(seconds=_ANSWER_S))
         self._ear = connect(address, port, timeout=timedelta(seconds=_ANSWER_S))
-        threading.Thread(target=self._answer, name="roll call", daemon=True).start()
+        self._is_closed = False
+        self._thread = threading.Thread(target=self._answer, name="roll call", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Answer no more: a thread that waits in torch when its process ends would abort it."""
+        self._is_closed = True
+        with suppress(RuntimeError):  # the store has gone, and the thread with it
+            self._store.set(_call(self._rank), "closed")
+        self._thread.join(_ANSWER_S)
 
     @contextmanager
     def during(self, what: str) -> Iterator[None]:
@@ -60,8 +74,10 @@ class RollCall:
 
     def _answer(self) -> None:
         try:
-            self._ear.wait([_ASKED], _LONG)
+            self._ear.wait([_call(self._rank)], _LONG)
         except RuntimeError:  # the store has gone, with rank 0
+            return
+        if self._is_closed:
             return
         self._ear.set(f"{_ASKED}/{self._rank}", f"{self._does} since {time.monotonic() - self._since:.1f} s")
 
@@ -82,7 +98,8 @@ class RollCall:
     def _ask(self, said: dict[int, str]) -> None:
         """Call the roll and fill in what each rank says, this one too."""
         try:
-            self._store.set(_ASKED, str(self._rank))
+            for rank in range(self._world_size):
+                self._store.set(_call(rank), str(self._rank))
             deadline = time.monotonic() + _ANSWER_S
             while len(said) < self._world_size and time.monotonic() < deadline:
                 time.sleep(0.05)
