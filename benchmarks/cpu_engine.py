@@ -9,8 +9,7 @@ disturbs less; one thread computes; the ways take turns --repeats times and the 
 What each side does: the embedded engine and the other module compute a shared prompt once and give the log-prob of
 every token; transformers' generate computes every prompt and gives no log-probs (that is in its favour). None of them
 has HTTP in it. A module named with --against must have `Engine(path, dtype=...)` with `run(requests)` and
-`Req(ids, max_new_tokens=..., ignore_eos=...)`. All of them run in memory of large pages where the kernel has them, as
-the engine's server does.
+`Req(ids, max_new_tokens=..., ignore_eos=...)`. The engine's weights lie in large pages, as its server puts them.
 
 The limit of a batch counts the products of one new token of every sequence and nothing else (no prompt, no attention,
 no sampling). Both terms are measured in this run, with the same thread: reading all matrices once at the speed of a sum
@@ -24,7 +23,6 @@ import importlib.util
 import json
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,7 +33,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 
 from slime.backends.embedded.engine import Engine, EngineSettings, make_request
-from slime.backends.embedded.launch import HUGE_PAGES
+from slime.backends.embedded.large_pages import move_into_large_pages
 from slime.backends.embedded.linear import StackedLinear
 from slime.backends.embedded.model import DTYPES, ServedModel
 from slime.backends.embedded.protocol import SamplingParams
@@ -63,6 +61,7 @@ class Limits:
 
 def embedded(model: ServedModel) -> Run:
     """This project's engine."""
+    move_into_large_pages()
     engine = Engine(model, EngineSettings(max_running_requests=64))
 
     def run(prompts: list[list[int]], new_tokens: int) -> None:
@@ -216,12 +215,5 @@ def main(arguments: list[str] | None = None) -> None:
             print(report(dtype, batch, rates, limits.tokens_per_s(batch)), flush=True)
 
 
-def start_as_servers_do() -> None:
-    """Start this program again in the environment that decides, before a process begins, on the pages of its memory."""
-    if "GLIBC_TUNABLES" not in os.environ:
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "GLIBC_TUNABLES": HUGE_PAGES})
-
-
 if __name__ == "__main__":
-    start_as_servers_do()
     main()
