@@ -18,14 +18,16 @@ step takes at least the larger of reading them and multiplying the batch's rows 
 """
 
 import argparse
+import ctypes
 import gc
 import importlib.util
 import json
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -33,7 +35,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 
 from slime.backends.embedded.engine import Engine, EngineSettings, make_request
-from slime.backends.embedded.large_pages import move_into_large_pages
 from slime.backends.embedded.linear import StackedLinear
 from slime.backends.embedded.model import DTYPES, ServedModel
 from slime.backends.embedded.protocol import SamplingParams
@@ -43,6 +44,8 @@ Run = Callable[[list[list[int]], int], None]
 ENGINE, GENERATE = "embedded", "generate"
 LIMIT_ROWS = 64
 """Rows of the products whose rate is the limit of large batches."""
+_HUGE_PAGE = 2 << 20
+_MADV_HUGEPAGE, _MADV_COLLAPSE = 14, 25
 
 
 @dataclass(frozen=True)
@@ -59,8 +62,39 @@ class Limits:
         return batch / max(self.matrix_bytes / self.bandwidth, batch * self.multiply_adds / self.rate)
 
 
+def move_into_large_pages() -> int:
+    """Ask Linux to move this process's private memory into large pages; returns the bytes that it did move.
+
+    0 where the system has no such call (Linux before 6.1) or no such pages to give: nothing but speed depends on it.
+    """
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        return 0
+    madvise = ctypes.CDLL(None).madvise
+    madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    moved = 0
+    for start, size in private_regions(maps.read_text()):
+        madvise(start, size, _MADV_HUGEPAGE)
+        if madvise(start, size, _MADV_COLLAPSE) == 0:
+            moved += size
+    return moved
+
+
+def private_regions(maps: str) -> Iterator[tuple[int, int]]:
+    """(start, bytes) of the whole large pages in every anonymous region that may be written."""
+    for line in maps.splitlines():
+        addresses, rights, _, _, inode, *_ = line.split()
+        if rights != "rw-p" or inode != "0":
+            continue
+        first, end = (int(address, 16) for address in addresses.split("-"))
+        start = -(-first // _HUGE_PAGE) * _HUGE_PAGE
+        size = end // _HUGE_PAGE * _HUGE_PAGE - start
+        if size > 0:
+            yield start, size
+
+
 def embedded(model: ServedModel) -> Run:
-    """This project's engine."""
+    """This project's engine, its weights in large pages: a server gets them by the environment it is started in."""
     move_into_large_pages()
     engine = Engine(model, EngineSettings(max_running_requests=64))
 

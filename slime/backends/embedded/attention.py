@@ -82,9 +82,8 @@ class DecodeBatch:
         window: int | None,
     ) -> Tensor:
         assert cache is not None
+        cache.store(layer, self.rows, self.positions, key, value)
         keys, values = cache.keys[layer], cache.values[layer]
-        keys[self.rows, :, :, self.positions] = key.transpose(0, 1)
-        values[self.rows, :, self.positions] = value.transpose(0, 1)
         num_rows, num_heads, head_dim = self.rows.shape[0], key.shape[0], query.shape[-1]
         # The query heads of one key-value head become query positions, so keys and values are not repeated.
         grouped = query.transpose(0, 1).reshape(num_rows * num_heads, -1, head_dim)

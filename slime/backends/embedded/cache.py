@@ -84,6 +84,11 @@ class SlotCache:
             self.keys[layer], self.values[layer] = keys, values
         self.rows, self.length = new_rows, new_length
 
+    def store(self, layer: int, rows: Tensor, positions: Tensor, key: Tensor, value: Tensor) -> None:
+        """Keep one new position of each of B sequences: rows and positions [B], key and value [H, B, D]."""
+        self.keys[layer][rows, :, :, positions] = key.transpose(0, 1)
+        self.values[layer][rows, :, positions] = value.transpose(0, 1)
+
     def copy(self, source: int, targets: list[int], length: int) -> None:
         """Copy the first `length` positions of row `source` into the rows `targets`."""
         targets = [row for row in targets if row != source]

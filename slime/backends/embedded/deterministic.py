@@ -285,9 +285,8 @@ class SteadyDecode:
     ) -> Tensor:
         """As `Batch.attend`."""
         assert cache is not None
+        cache.store(layer, self.rows, self.columns, key, value)
         keys, values = cache.keys[layer], cache.values[layer]
-        keys[self.rows, :, :, self.columns] = key.transpose(0, 1)
-        values[self.rows, :, self.columns] = value.transpose(0, 1)
         num_heads, key_dim, value_dim = key.shape[0], key.shape[-1], value.shape[-1]
         group = query.shape[0] // num_heads
         grouped = query.transpose(0, 1).reshape(len(self.positions) * num_heads, group, key_dim)

@@ -346,14 +346,12 @@ async def serve(arguments: argparse.Namespace, parent: ParentWatch) -> None:
     import torch
     import uvicorn
 
-    from slime.backends.embedded.large_pages import move_into_large_pages
     from slime.backends.embedded.model import DTYPES, ServedModel
     from slime.backends.embedded.text import load_codec
 
     torch.set_num_threads(arguments.threads)
     started = time.perf_counter()
     model = ServedModel(arguments.model_path, DTYPES[arguments.dtype])
-    move_into_large_pages()
     own_limit = int(model.text_config.max_position_embeddings)
     context_length = min(arguments.context_length or own_limit, own_limit)
     settings = EngineSettings(

@@ -2,7 +2,7 @@
 
 import torch
 
-from slime.backends.embedded.large_pages import _private_regions, move_into_large_pages
+from benchmarks.cpu_engine import move_into_large_pages, private_regions
 
 MAPS = """7f0000000000-7f0000100000 rw-p 00000000 00:00 0
 7f0000300000-7f0000b00000 rw-p 00000000 00:00 0                          [anon]
@@ -12,7 +12,7 @@ MAPS = """7f0000000000-7f0000100000 rw-p 00000000 00:00 0
 
 
 def test_whole_large_pages_of_private_memory_are_moved() -> None:
-    assert list(_private_regions(MAPS)) == [(0x7F0000400000, 0x600000)]
+    assert list(private_regions(MAPS)) == [(0x7F0000400000, 0x600000)]
 
 
 def test_memory_keeps_its_contents() -> None:
