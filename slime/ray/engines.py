@@ -134,12 +134,15 @@ class Engines:
     def admit(self) -> None:
         """Let the router send requests to every engine that serves and that it does not know yet."""
         with self._lock:
-            router = RouterClient(self._router_url)
-            for slot in self._slots:
-                if slot.record is not None and slot.death is None and not slot.is_admitted:
-                    router.add_worker(slot.record.url, timeout_s=_REGISTER_TIMEOUT_S)
-                    slot.is_admitted = True
-            router.close()
+            self._admit(self._slots)
+
+    def _admit(self, slots: list[_Slot]) -> None:
+        router = RouterClient(self._router_url)
+        for slot in slots:
+            if slot.record is not None and slot.death is None and not slot.is_admitted:
+                router.add_worker(slot.record.url, timeout_s=_REGISTER_TIMEOUT_S)
+                slot.is_admitted = True
+        router.close()
 
     # ---- watch ----
 
@@ -198,9 +201,10 @@ class Engines:
     # ---- start again ----
 
     def restart_dead(self) -> list[EngineRecord]:
-        """Start every lost server again; returns the engines, which get no request before `admit`.
+        """Start every lost server again; returns the engines that are to be given the current weights.
 
-        They serve the weights of --hf-checkpoint until they are given the current ones.
+        These are all that were started again since the last `admit`, before which they get no request: also those of an
+        earlier call, after which something else went wrong.
         """
         with self._lock:
             if self._router_death() is not None:
@@ -212,7 +216,7 @@ class Engines:
                     self._liveness.kill(slot.owner)
                     slot.actor = self._place(slot.spec)
             self._wait_until_healthy(slots, {slot.name: slot.actor.start.remote() for slot in slots})
-            return [slot.record for slot in slots if slot.record is not None]
+            return [slot.record for slot in self._slots if slot.record is not None and not slot.is_admitted]
 
     def _restart_router(self) -> None:
         assert self._router is not None
@@ -221,9 +225,10 @@ class Engines:
         self._router.start()
         self._router_silence = None
         self._wait_for_router()
-        for slot in self._slots:
+        known = [slot for slot in self._slots if slot.is_admitted]  # others may lack the current weights
+        for slot in known:
             slot.is_admitted = False
-        self.admit()
+        self._admit(known)
 
     # ---- what all engines do ----
 
