@@ -1,5 +1,6 @@
 """A sample as a request to an engine, and an engine's reply as the sample's next tokens."""
 
+import uuid
 from argparse import Namespace
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +36,9 @@ def prepare_request(
         sample.status = Sample.Status.TRUNCATED
         return None
     payload: dict[str, Any] = {"sampling_params": params, "return_logprob": True}
+    if getattr(args, "rollout_engine", None) == "embedded":
+        # A retry so ends the request that it repeats. SGLang would refuse an id that is still in flight.
+        payload["rid"] = uuid.uuid4().hex
     if getattr(args, "use_rollout_routing_replay", False):
         payload["return_routed_experts"] = True
     images = (sample.multimodal_inputs or {}).get("images")

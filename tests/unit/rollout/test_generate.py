@@ -20,6 +20,15 @@ async def one(args, sample, **kwargs):
     return await generate_and_rm(args, sample, rollout_sampling_params(args), **kwargs)
 
 
+async def test_each_request_to_the_embedded_engine_has_an_id_of_its_own(engine, make_args):
+    """SGLang, which refuses an id in flight, gets none: see the payload below."""
+    args = make_args(rollout_engine="embedded")
+    for _ in range(2):
+        await generate(args, Sample(prompt="hi"), rollout_sampling_params(args))
+    first, second = (request["rid"] for request in engine.requests)
+    assert first and second and first != second
+
+
 async def test_the_payload_is_what_the_engine_documents(engine, make_args):
     args = make_args(rollout_stop=["</answer>"], rollout_stop_token_ids=[7])
     sample = await generate(args, Sample(prompt="hi"), rollout_sampling_params(args))
