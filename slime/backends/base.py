@@ -5,6 +5,7 @@ so a fake of twenty lines stands in for either in a test.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -100,8 +101,11 @@ class Trainer(Protocol):
 
     def weights(self) -> WeightSource: ...
 
-    def sleep(self) -> None:
-        """Give back the memory that only training needs."""
+    def sleep(self, *, keep_weights: bool = False) -> None:
+        """Give back the memory that only training needs; with `keep_weights` all but what a weight sync reads."""
+
+    def weights_at_hand(self) -> AbstractContextManager[None]:
+        """`weights` can be read inside the block, also while asleep."""
 
     def wake_up(self) -> None: ...
 

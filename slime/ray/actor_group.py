@@ -127,7 +127,11 @@ class RayTrainGroup:
         self._call("save_hf", path, what=f"export to {path}")
 
     def offload(self) -> None:
-        """Give back the memory that only training needs."""
+        """Give back the memory that only training needs, all but the weights that a sync reads."""
+        self._call("sleep", True, what="release memory")
+
+    def offload_weights(self) -> None:
+        """After the sync: give back what `offload` left."""
         self._call("sleep", what="release memory")
 
     def onload(self) -> None:

@@ -41,7 +41,7 @@ _STOP_TIMEOUT_S = 5.0
 _ASK_TIMEOUT_S = 5.0
 _NOTICE_S = 10.0  # in which a death that a failed call hints at shows
 _POLL_S = 0.5
-_MEMORY = ("weights", "kv_cache")
+_MEMORY = ("weights", "kv_cache", "cuda_graph")
 _ROUTER = "router"
 
 

@@ -187,7 +187,7 @@ class RolloutController(Pulse):
         self.onload(["weights"])
 
     def onload_kv(self) -> None:
-        self.onload(["kv_cache"])
+        self.onload(["kv_cache", "cuda_graph"])
 
     def dispose(self) -> None:
         """End engines and router."""

@@ -88,7 +88,8 @@ class TrainRayActor(Pulse):
         """Bring the engines to `version` and prove it; what was done on rank 0."""
         if self._sync is None:
             raise RuntimeError("update_weights() before connect_engines().")
-        return self._sync.sync(version)
+        with self.trainer.weights_at_hand():
+            return self._sync.sync(version)
 
     def save_model(self, rollout_id: int) -> None:
         self.trainer.save(rollout_id)
@@ -97,10 +98,11 @@ class TrainRayActor(Pulse):
         self.trainer.finish_saves(timeout_s)
 
     def save_hf(self, path: str) -> None:
-        self.trainer.save_hf(path)
+        with self.trainer.weights_at_hand():
+            self.trainer.save_hf(path)
 
-    def sleep(self) -> None:
-        self.trainer.sleep()
+    def sleep(self, keep_weights: bool = False) -> None:
+        self.trainer.sleep(keep_weights=keep_weights)
 
     def wake_up(self) -> None:
         self.trainer.wake_up()

@@ -19,7 +19,7 @@ class Turns:
         """
         Args:
             args: reads `offload_rollout` and `offload_train`.
-            trainer: has `offload` and `onload`; None where nothing is trained.
+            trainer: has `offload`, `offload_weights` and `onload`; None where nothing is trained.
             rollout_manager: the actor whose `offload`, `onload_weights` and `onload_kv` reach the engines.
         """
         self._engines_share, self._trainer_shares = bool(args.offload_rollout), bool(args.offload_train)
@@ -49,7 +49,10 @@ class Turns:
                 self._ask("onload_weights", "make room for weights in the engines")
 
     def to_generation(self, clock: StepClock) -> None:
-        """After a sync: engines make room for their caches."""
+        """After a sync: the trainer releases its weights too, engines make room for their caches."""
+        if self._trainer_gave_back:
+            with clock.phase("offload"):
+                self._trainer.offload_weights()
         if self._engines_gave_back:
             with clock.phase("onload"):
                 self._ask("onload_kv", "make room for caches in the engines")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from typing import Any, Protocol
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -17,7 +18,7 @@ from torch.distributed.distributed_c10d import Backend, PrefixStore, _new_proces
 
 from slime.utils.rendezvous import tcp_store
 from slime.weight_sync.base import Bucket, EngineError, WeightEngine, WeightSyncError
-from slime.weight_sync.sync import on_each
+from slime.weight_sync.sync import SenderTransport, on_each
 
 _group_numbers = itertools.count(1)  # torch refuses a name twice in a process, even after a join that failed
 
@@ -30,7 +31,7 @@ class DistributedEngine(WeightEngine, Protocol):
     def end_weight_update(self) -> None: ...
 
 
-class DistributedTransport:
+class DistributedTransport(SenderTransport):
     """Buckets broadcast from trainer rank 0 to every rank of every engine, across hosts and without files.
 
     One sync: engines paused and flushed; `begin_weight_update`; for each bucket, `update_weights_from_distributed` on
@@ -94,17 +95,18 @@ class DistributedTransport:
         if not self._is_open:
             on_each(self._engines, lambda engine: engine.begin_weight_update())
             self._is_open = True
-        tensors = [tensor.detach().to(self._device).contiguous() for _, tensor in bucket]
+        bucket = sorted(bucket, key=lambda item: -item[1].element_size())  # each starts where its dtype can be read
         request: dict[str, Any] = {
             "names": [name for name, _ in bucket],
-            "dtypes": [str(tensor.dtype).removeprefix("torch.") for tensor in tensors],
-            "shapes": [list(tensor.shape) for tensor in tensors],
+            "dtypes": [str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket],
+            "shapes": [list(tensor.shape) for _, tensor in bucket],
             "group_name": group.name,
         }
+        whole = torch.cat([tensor.detach().reshape(-1).view(torch.uint8).to(self._device) for _, tensor in bucket])
         self._together(
-            _in_thread(lambda: group.broadcast(tensors)),
+            _in_thread(lambda: group.broadcast([whole])),
             lambda engine: engine.update_weights_from_distributed(**request),
-            f"the broadcast of {len(tensors)} tensors of version {version}",
+            f"the broadcast of {len(bucket)} tensors of version {version}",
         )
 
     def finish(self, version: str) -> None:

@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 class Transport(Protocol):
-    """One way in which buckets travel. Called on trainer rank 0 only, engines paused."""
+    """One way in which buckets travel. Called on trainer rank 0, engines paused, but for `assist`."""
 
     def connect(self, engines: Sequence[WeightEngine]) -> None:
         """Prepare for these engines; called again when the set of engines has changed."""
@@ -27,7 +27,23 @@ class Transport(Protocol):
     def finish(self, version: str) -> None:
         """All buckets were sent: make the engines hold `version`."""
 
+    def assist(self) -> None:
+        """The part of the trainer's other ranks in one `send` or `skip`."""
+
+    def skip(self, bucket: Bucket) -> None:
+        """Instead of `send` once something went wrong: lets the ranks that `assist` go on."""
+
     def close(self) -> None: ...
+
+
+class SenderTransport:
+    """Base of transports that trainer rank 0 serves alone: the other ranks have no part in them."""
+
+    def assist(self) -> None:
+        """Nothing to do."""
+
+    def skip(self, bucket: Bucket) -> None:
+        """Nobody waits."""
 
 
 @dataclass
@@ -75,7 +91,7 @@ class WeightSync:
         """
         Args:
             source: the trainer's weights; every rank of the trainer makes its own WeightSync over it.
-            transport: how buckets travel; used on the sender only.
+            transport: how buckets travel; on other ranks than the sender's only its `assist` is called.
             expected_digests: makes an empty collector in the engines' naming, one a sync.
             is_sender: true on trainer rank 0, which speaks to the engines; the others only take part in the gather.
             pause_mode: what becomes of requests in flight (SGLang's `abort`, `retract` or `in_place`).
@@ -104,7 +120,7 @@ class WeightSync:
         report = SyncReport(version)
         if not self._is_sender:
             for _ in self._source.buckets(self._bucket_size_bytes):
-                pass
+                self._transport.assist()
             return report
         if not self._engines:
             raise WeightSyncError("No engine is connected to the weight sync: call connect() first.")
@@ -112,8 +128,8 @@ class WeightSync:
         try:
             self._bring_engines_to(str(version), buckets, report)
         except BaseException:
-            for _ in buckets:  # the other ranks are on their way through the gather, and wait for this one
-                pass
+            for bucket in buckets:  # the other ranks are on their way through the gather, and wait for this one
+                self._transport.skip(bucket)
             raise
         logger.info(
             "weights version %s on %d engine(s), %.0f MB, %d tensors proved in %.2f s",

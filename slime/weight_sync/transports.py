@@ -15,7 +15,7 @@ from slime.models.hf_folder import WEIGHT_SUFFIXES
 from slime.utils.run_marker import folder_prefix
 from slime.weight_sync.base import Bucket, WeightEngine, WeightSyncError
 from slime.weight_sync.digest import raw_bytes
-from slime.weight_sync.sync import on_each
+from slime.weight_sync.sync import SenderTransport, on_each
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ def shared_memory_folder(preferred: str | None = None) -> Path:
     return Path(tempfile.mkdtemp(prefix=folder_prefix("weights"), dir=parent))
 
 
-class SharedMemoryTransport:
+class SharedMemoryTransport(SenderTransport):
     """Buckets as files in memory that trainer and engines on one host both map.
 
     A bucket is written once and read by every engine; its file is removed as soon as all have it.
@@ -105,7 +105,7 @@ def _write_at(descriptor: int, source: torch.Tensor, offset: int) -> None:
         left, offset = left[count:], offset + count
 
 
-class DiskTransport:
+class DiskTransport(SenderTransport):
     """A HuggingFace folder a version, `weight_v000012`, which the engines load themselves."""
 
     def __init__(self, folder: Path, *, model_path: str, keep_files: bool = False) -> None:

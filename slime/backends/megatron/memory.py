@@ -4,7 +4,7 @@ Storages are emptied, not tensors: parameters, gradients and optimizer states ar
 keeps pointing at its storage.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from megatron.core.optimizer import MegatronOptimizer
@@ -17,8 +17,9 @@ from slime.backends.megatron.model import unwrap
 class TrainingMemory:
     """What `release` frees depends on where it lies.
 
-    Gradient buffers hold nothing between steps, so they are dropped. On a GPU weights, main weights and optimizer
-    states move to the host. On a CPU they are on the host already, and stay.
+    Gradient buffers hold nothing between steps, so they are dropped. On a GPU the optimizer's main weights and states
+    move to pinned memory of the host, and the model's weights too once no sync needs them. On a CPU they are on the
+    host already, and stay.
     """
 
     def __init__(
@@ -26,48 +27,65 @@ class TrainingMemory:
     ) -> None:
         self._models, self._optimizer, self._accelerator = list(models), optimizer, accelerator
         self._dropped: list[tuple[torch.UntypedStorage, int]] = []
-        self._moved: list[tuple[torch.UntypedStorage, torch.UntypedStorage]] = []
+        self._states, self._weights = _OnHost(), _OnHost()
         self.is_released = False
 
-    def release(self) -> None:
-        """Idempotent."""
-        if self.is_released:
+    @property
+    def lacks_weights(self) -> bool:
+        """Whether the model's weights are on the host, so that nothing can read them."""
+        return self._weights.is_filled
+
+    def release(self, *, keep_weights: bool = False) -> None:
+        """Idempotent; `keep_weights` leaves the model's weights where a weight sync reads them."""
+        if not self.is_released:
+            self._drop_gradients()
+            self._states.take(_on_device(self._optimizer_tensors(), but=self._weight_storages()))
+            self.is_released = True
+        if not keep_weights and not self.lacks_weights:
+            self._weights.take(_on_device(self._parameters()))
+        self._accelerator.synchronize()
+        self._accelerator.empty_cache()
+
+    def restore_weights(self) -> None:
+        """The model's weights as they were, and no more than that."""
+        self._weights.give_back()
+        self._accelerator.synchronize()
+
+    def restore(self) -> None:
+        """Everything as it was; gradients are zero."""
+        if not self.is_released:
             return
+        self._weights.give_back()
+        self._states.give_back()
+        for storage, num_bytes in self._dropped:
+            storage.resize_(num_bytes)
+        for gradients in self._gradient_buffers():
+            gradients.zero_()
+        self._dropped = []
+        self.is_released = False
+        self._accelerator.synchronize()
+
+    def _drop_gradients(self) -> None:
         self._accelerator.synchronize()
         self._optimizer.zero_grad(set_to_none=True)
         gradients = _storages(self._gradient_buffers())
         self._dropped = [(storage, storage.nbytes()) for storage in gradients]
         for storage in gradients:
             storage.resize_(0)
-        if self._accelerator.device.type != "cpu":
-            for storage in _storages(tensor for tensor in self._kept_tensors() if tensor.is_cuda):
-                self._moved.append((storage, storage.cpu()))
-                storage.resize_(0)
-        self.is_released = True
-        self._accelerator.empty_cache()
-
-    def restore(self) -> None:
-        """Everything as it was; gradients are zero."""
-        if not self.is_released:
-            return
-        for storage, host in self._moved:
-            storage.resize_(host.nbytes())
-            storage.copy_(host)
-        for storage, num_bytes in self._dropped:
-            storage.resize_(num_bytes)
-        for gradients in self._gradient_buffers():
-            gradients.zero_()
-        self._moved, self._dropped = [], []
-        self.is_released = False
 
     def _gradient_buffers(self) -> Iterator[Tensor]:
         for model in self._models:
             for buffer in [*model.buffers, *model.expert_parallel_buffers]:
                 yield buffer.grad_data
 
-    def _kept_tensors(self) -> Iterator[Tensor]:
+    def _parameters(self) -> Iterator[Tensor]:
         for model in self._models:
             yield from unwrap(model).parameters()
+
+    def _weight_storages(self) -> set[int]:
+        return {parameter.untyped_storage().data_ptr() for parameter in self._parameters()}
+
+    def _optimizer_tensors(self) -> Iterator[Tensor]:
         for part in self._optimizer.chained_optimizers:
             if part.optimizer is None:
                 continue
@@ -75,6 +93,54 @@ class TrainingMemory:
                 for parameter in group["params"]:
                     yield parameter
                     yield from (v for v in part.optimizer.state[parameter].values() if isinstance(v, Tensor))
+
+
+class _OnHost:
+    """Storages of a device whose bytes wait on the host. The host's buffers are kept: pinning memory is slow."""
+
+    def __init__(self) -> None:
+        self._taken: list[tuple[torch.UntypedStorage, Tensor]] = []
+        self._buffers: list[Tensor] = []
+
+    @property
+    def is_filled(self) -> bool:
+        return bool(self._taken)
+
+    def take(self, storages: list[torch.UntypedStorage]) -> None:
+        """Copy to the host and free the device's memory."""
+        free: dict[int, list[Tensor]] = {}
+        for buffer in self._buffers:
+            free.setdefault(buffer.numel(), []).append(buffer)
+        for storage in storages:
+            same_size = free.get(storage.nbytes())
+            host = same_size.pop() if same_size else self._new_buffer(storage.nbytes())
+            host.copy_(_bytes(storage), non_blocking=True)
+            self._taken.append((storage, host))
+        if storages:
+            torch.cuda.synchronize(storages[0].device)
+        for storage, _ in self._taken:
+            storage.resize_(0)
+
+    def give_back(self) -> None:
+        for storage, host in self._taken:
+            storage.resize_(host.numel())
+            _bytes(storage).copy_(host, non_blocking=True)
+        self._taken = []
+
+    def _new_buffer(self, num_bytes: int) -> Tensor:
+        buffer = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+        self._buffers.append(buffer)
+        return buffer
+
+
+def _bytes(storage: torch.UntypedStorage) -> Tensor:
+    """[bytes] uint8 view of a whole storage."""
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+
+
+def _on_device(tensors: Iterator[Tensor], but: Collection[int] = ()) -> list[torch.UntypedStorage]:
+    """Storages on a GPU, without those whose address is in `but`."""
+    return [s for s in _storages(tensor for tensor in tensors if tensor.is_cuda) if s.data_ptr() not in but]
 
 
 def _storages(tensors: Iterator[Tensor]) -> list[torch.UntypedStorage]:

@@ -5,6 +5,8 @@ This module imports no megatron: torch has to be prepared for the device first. 
 """
 
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,8 +36,8 @@ class MegatronTrainer:
             raise NotImplementedError(f"The Megatron trainer trains an actor; a {role!r} is not built yet.")
         self.args, self.rank, self.world_size = args, rank, world_size
         self._address = (master_addr, master_port)
-        per_node = getattr(args, "actor_num_gpus_per_node", None) or world_size
-        self.accelerator = accelerator_for(getattr(args, "device", "cpu"), local_index=rank % per_node)
+        # Whoever starts this process shows it its own device alone.
+        self.accelerator = accelerator_for(getattr(args, "device", "cpu"))
         self._job: TrainingJob | None = None
 
     def init(self) -> int:
@@ -120,9 +122,20 @@ class MegatronTrainer:
         with self.job.roll_call.during(f"write {path}"):
             self.job.save_hf(path)
 
-    def sleep(self) -> None:
-        """Give back the memory that only training needs."""
-        self.job.memory.release()
+    def sleep(self, *, keep_weights: bool = False) -> None:
+        """Give back the memory that only training needs; with `keep_weights` all but what a weight sync reads."""
+        self.job.memory.release(keep_weights=keep_weights)
+
+    @contextmanager
+    def weights_at_hand(self) -> Iterator[None]:
+        """`weights` can be read inside the block, also while asleep."""
+        memory = self.job.memory
+        lacked_them = memory.lacks_weights
+        if lacked_them:
+            memory.restore_weights()
+        yield
+        if lacked_them:
+            memory.release()
 
     def wake_up(self) -> None:
         """Undo `sleep`, exactly; nothing if awake."""

@@ -9,7 +9,7 @@ Letters: w words of 32 bits in a tensor, r tensor-parallel rank.
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -81,7 +81,7 @@ class FusedTensorDigests:
             raise ValueError(f"With {self._parallel.size} tensor-parallel ranks num_key_value_heads must be given.")
         self._algorithm: Algorithm = algorithm
         self._waiting: dict[str, dict[str, Tensor]] = {}
-        self._digests: dict[str, str] = {}
+        self._digests: dict[str, _Pending] = {}
 
     def add(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Take note of (HuggingFace name, whole tensor) pairs."""
@@ -112,13 +112,13 @@ class FusedTensorDigests:
                 f"{len(self._waiting)} fused tensor(s) lack a part: {fused_name} has {', '.join(parts)} "
                 f"but {', '.join(missing)} never came. A bucket was dropped on its way to the digests."
             )
-        return dict(self._digests)
+        return {key: pending() for key, pending in self._digests.items()}
 
     def _finish(self, name: str, parts: list[list[Tensor]]) -> None:
         """Digest, for each rank, the concatenated rows of `parts` (one list of shards a part)."""
         for rank in range(self._parallel.size):
             key = name if self._parallel.size == 1 else f"tp{rank}:{name}"
-            self._digests[key] = digest([shards[rank] for shards in parts], self._algorithm)
+            self._digests[key] = begin_digest([shards[rank] for shards in parts], self._algorithm)
 
     def _shards(self, name: str, tensor: Tensor) -> list[Tensor]:
         """What each rank holds of a HuggingFace tensor (`name` may be a bare part such as k_proj)."""
@@ -154,14 +154,21 @@ def pad_vocabulary(tensor: Tensor, tp_size: int = 1) -> Tensor:
     return F.pad(tensor, (0, 0, 0, num_missing)) if num_missing else tensor
 
 
-def digest(parts: list[Tensor], algorithm: Algorithm) -> str:
-    """16 hex digits over the bytes of `parts`, one after another in row-major order."""
+_Pending = Callable[[], str]
+"""Gives a digest, once the device has computed it."""
+
+
+def begin_digest(parts: list[Tensor], algorithm: Algorithm) -> _Pending:
+    """16 hex digits over the bytes of `parts`, one after another in row-major order. On a GPU it does not wait."""
     if algorithm == "sha256":
         hasher = hashlib.sha256()
         for part in parts:
             hasher.update(_bytes(part).cpu().numpy().data)
-        return hasher.hexdigest()[:16]
-    return f"{fmix64(torch.cat([_bytes(part) for part in parts])):016x}"
+        text = hasher.hexdigest()[:16]
+        return lambda: text
+    pieces = [_bytes(part) for part in parts]
+    total = begin_fmix64(pieces[0] if len(pieces) == 1 else torch.cat(pieces))
+    return lambda: f"{finish_fmix64(total):016x}"
 
 
 def _bytes(tensor: Tensor) -> Tensor:
@@ -181,10 +188,32 @@ _LANES = (  # (position multiplier, seed, rotation)
 
 def fmix64(data: Tensor) -> int:
     """The position-dependent 64-bit hash that a CUDA server takes of [n] uint8; runs on the tensor's device."""
-    data = F.pad(data, (0, -data.numel() % 4))
+    return finish_fmix64(begin_fmix64(data))
+
+
+def begin_fmix64(data: Tensor) -> Tensor:
+    """Start `fmix64`; the result, still to be mixed, is [1] int64 on the data's device, or empty for no data."""
+    if data.numel() % 4 or data.storage_offset() % 4:  # words are read where they lie
+        data = F.pad(data, (0, -data.numel() % 4))
+    if data.numel() == 0:
+        return torch.empty(0, dtype=torch.int64)
+    if data.is_cuda:
+        from slime.backends.sglang.fmix64_kernel import add_hash
+
+        total = torch.zeros(1, dtype=torch.int64, device=data.device)
+        add_hash(data.view(torch.int32), total, (_LANES[0][1], _LANES[1][1]))
+        return total
+    value = _sum_of_tiles(data)
+    return torch.tensor([value - (1 << 64) if value >> 63 else value])
+
+
+def finish_fmix64(total: Tensor) -> int:
+    """The hash that `begin_fmix64` began."""
+    return _splitmix64(int(total) & _LOW64) if total.numel() else 0
+
+
+def _sum_of_tiles(data: Tensor) -> int:
     num_words = data.numel() // 4
-    if num_words == 0:
-        return 0
     total = 0
     step = _TILE * _STEP_TILES
     for start in range(0, num_words, step):
@@ -199,7 +228,7 @@ def fmix64(data: Tensor) -> int:
             halves.append(_fmix32(tiles ^ (num_words * 4 & _LOW32)))
         # Summing the halves apart keeps every number below 2^63.
         total += (int(halves[0].sum()) << 32) + int(halves[1].sum())
-    return _splitmix64(total & _LOW64)
+    return total & _LOW64
 
 
 def _fmix32(x: Tensor) -> Tensor:

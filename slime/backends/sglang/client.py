@@ -144,7 +144,8 @@ class SGLangClient:
         group_name: str,
         weight_version: str | None = None,
     ) -> None:
-        """Receive tensors by broadcast from rank 0 of the group, in this order; returns when they are loaded.
+        """Receive tensors by one broadcast of their bytes, one after another, from rank 0 of the group; returns when
+        they are loaded.
 
         Call it between `begin_weight_update` and `end_weight_update`, on all engines at once, while rank 0 broadcasts.
 
@@ -157,11 +158,20 @@ class SGLangClient:
             "dtypes": list(dtypes),
             "shapes": [list(shape) for shape in shapes],
             "group_name": group_name,
+            "load_format": "flattened_bucket",
             "flush_cache": False,
         }
         if weight_version is not None:
             request["weight_version"] = weight_version
         self._post("/update_weights_from_distributed", request)
+
+    def update_weights_from_tensor(self, payloads: Sequence[str]) -> None:
+        """Load a flattened bucket out of memory that this process shares (`slime.weight_sync.ipc.payload`).
+
+        Call it between `begin_weight_update` and `end_weight_update`, with one payload a tensor-parallel rank.
+        """
+        request = {"serialized_named_tensors": list(payloads), "load_format": "flattened_bucket", "flush_cache": False}
+        self._post("/update_weights_from_tensor", request)
 
     def destroy_weights_update_group(self, group_name: str) -> None:
         """Leave a process group; one that the engine does not know is left already."""

@@ -42,8 +42,9 @@ def one_step(hands: turns.Turns, recorder: Recorder, syncs: bool = True) -> list
 
 def test_shared_devices_are_released_before_the_other_side_takes_them(recorder: Recorder) -> None:
     hands = turns.Turns(Namespace(offload_rollout=True, offload_train=True), recorder, recorder)
-    assert one_step(hands, recorder) == ["offload", "train", "offload", "onload_weights", "sync", "onload_kv"]
-    assert one_step(hands, recorder) == ["offload", "onload", "train", "offload", "onload_weights", "sync", "onload_kv"]
+    handed_over = ["offload", "onload_weights", "sync", "offload_weights", "onload_kv"]
+    assert one_step(hands, recorder) == ["offload", "train", *handed_over]
+    assert one_step(hands, recorder) == ["offload", "onload", "train", *handed_over]
 
 
 def test_the_first_sync_finds_engines_that_never_gave_anything_back(recorder: Recorder) -> None:

@@ -9,7 +9,7 @@ from slime.backends.sglang.checksum import (
     FusedTensorDigests,
     TensorParallel,
     algorithm_of,
-    digest,
+    begin_digest,
     expected_checksums,
     fmix64,
     pad_vocabulary,
@@ -119,7 +119,7 @@ def test_an_unknown_family_is_refused_with_the_known_ones():
 
 def test_bfloat16_is_digested_by_its_own_bytes():
     tensor = torch.tensor([1.0, 2.0], dtype=torch.bfloat16)
-    assert digest([tensor], "sha256") == hashlib.sha256(b"\x80\x3f\x00\x40").hexdigest()[:16]
+    assert begin_digest([tensor], "sha256")() == hashlib.sha256(b"\x80\x3f\x00\x40").hexdigest()[:16]
 
 
 @pytest.mark.parametrize(

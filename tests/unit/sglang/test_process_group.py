@@ -15,6 +15,19 @@ from slime.weight_sync.process_group import DistributedTransport, WeightGroup, j
 HOST = "127.0.0.1"
 
 
+def receive(group: WeightGroup, names, dtypes, shapes, group_name) -> dict[str, torch.Tensor]:
+    """One broadcast of all bytes, read as SGLang reads a flattened bucket."""
+    sizes = [
+        torch.Size(shape).numel() * getattr(torch, dtype).itemsize for shape, dtype in zip(shapes, dtypes, strict=True)
+    ]
+    whole = torch.empty(sum(sizes), dtype=torch.uint8)
+    group.broadcast([whole])
+    return {
+        name: part.view(getattr(torch, dtype)).reshape(shape)
+        for name, part, dtype, shape in zip(names, whole.split(sizes), dtypes, shapes, strict=True)
+    }
+
+
 def serve(calls: Connection) -> None:
     """The engine's process: joins groups, receives tensors, and gives back their sums."""
     groups: dict[str, WeightGroup] = {}
@@ -29,12 +42,7 @@ def serve(calls: Connection) -> None:
                     groups.pop(arguments).close()
                 calls.send(None)
             else:
-                tensors = [
-                    torch.empty(shape, dtype=getattr(torch, dtype))
-                    for shape, dtype in zip(arguments["shapes"], arguments["dtypes"], strict=True)
-                ]
-                groups[arguments["group_name"]].broadcast(tensors)
-                calls.send(dict(zip(arguments["names"], tensors, strict=True)))
+                calls.send(receive(groups[arguments["group_name"]], **arguments))
         except Exception as error:
             calls.send(error)
 
@@ -103,7 +111,7 @@ def transport() -> Iterator[DistributedTransport]:
 
 def test_every_engine_receives_every_tensor_bit_for_bit(engines, transport):
     torch.manual_seed(0)
-    weights = [("a", torch.randn(3, 5)), ("b", torch.randn(7).bfloat16()), ("c", torch.randn(4, 4).t())]
+    weights = [("b", torch.randn(7).bfloat16()), ("a", torch.randn(3, 5)), ("c", torch.randn(4, 4).t())]
     transport.connect(engines)
     transport.send(weights[:2], "3")
     transport.send(weights[2:], "3")
