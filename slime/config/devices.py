@@ -39,6 +39,8 @@ class Placement:
     cores: int
     train_threads: int
     rollout_threads: int
+    engine_memory_fraction: float | None = None
+    """Of a GPU that is shared with a trainer which stays there; None where SGLang or the user decides."""
 
     @property
     def world_size(self) -> int:

@@ -21,6 +21,8 @@ class Machine:
     """CPU cores that this process may use."""
     num_gpus: int = 0
     """NVIDIA GPUs on this machine."""
+    gpu_memory_bytes: int | None = None
+    """Of its smallest GPU; None where nvidia-smi does not tell."""
     cpu_instructions: tuple[str, ...] = ()
     """Those of `BF16_INSTRUCTIONS` that the CPU has."""
     has_sglang: bool = False
@@ -40,9 +42,11 @@ class Machine:
 
 def look_at_machine(environ: Mapping[str, str] = os.environ) -> Machine:
     """Look at the machine that this process runs on."""
+    num_gpus = _num_gpus(environ)
     return Machine(
         cores=_cores(),
-        num_gpus=_num_gpus(environ),
+        num_gpus=num_gpus,
+        gpu_memory_bytes=_gpu_memory_bytes() if num_gpus else None,
         cpu_instructions=_cpu_instructions(Path("/proc/cpuinfo")),
         has_sglang=bool(environ.get("SLIME_SGLANG_PYTHON")) or _is_installed("sglang"),
         joins_cluster=bool(environ.get("RAY_ADDRESS")),
@@ -85,6 +89,19 @@ def _num_gpus(environ: Mapping[str, str]) -> int:
     if visible is None:
         return found
     return min(found, len([v for v in visible.split(",") if v.strip() not in ("", "-1")]))
+
+
+def _gpu_memory_bytes() -> int | None:
+    command = shutil.which("nvidia-smi")
+    if command is None:
+        return None
+    query = [command, "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        reply = subprocess.run(query, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    mib = [int(line) for line in reply.stdout.split() if line.isdigit()]
+    return min(mib) << 20 if mib else None
 
 
 def _is_installed(package: str) -> bool:

@@ -44,6 +44,8 @@ class Plan:
     """The model in words: architecture, layers, parameters; or that its flags say it."""
     algorithm: str
     processes: tuple[Process, ...]
+    memory: str | None = None
+    """How trainer and engines divide a GPU that they share; None where none is shared."""
     updates: Mapping[str, Any] = field(default_factory=dict, repr=False)
     notes: tuple[str, ...] = ()
     given: Mapping[str, Any] = field(default_factory=dict, repr=False)
@@ -79,6 +81,7 @@ class Plan:
             ("dtype", f"{self.dtype.value} ({self.dtype.reason})"),
             ("engine", f"{self.engine.value} ({self.engine.reason})" if p.num_engines else "none is started"),
             ("phases", self._phases()),
+            *([("memory", self.memory)] if self.memory else []),
             ("parallel", f"tensor {q.tensor} x pipeline {q.pipeline} x context {q.context} x data {q.data}"),
         ]
 

@@ -17,6 +17,7 @@ from slime.config.devices import (
 from slime.config.errors import Problems
 from slime.config.keys import guessed_keys
 from slime.config.megatron import forced_values
+from slime.config.memory import divide_memory
 from slime.config.model_shape import architecture_of, compare_with_config, count_parameters, shape_of
 from slime.config.paths import RunPaths, Start, run_paths, starting_point
 from slime.config.plan import TRAINER, Plan, Process
@@ -86,6 +87,7 @@ def _plan(
     shape: dict[str, Any],
 ) -> Plan:
     megatron, notes = forced_values(config, shape, placement, parallel, dtype.value)
+    placement, memory = divide_memory(config, placement, parallel, batch, dict(config.megatron) | megatron)
     interval = config.eval.eval_interval if config.eval_datasets else None
     return Plan(
         loop=config.loop,
@@ -103,6 +105,7 @@ def _plan(
         eval_interval=interval,
         model=_model_words(config, dict(config.megatron) | megatron),
         algorithm=_algorithm_words(config),
+        memory=memory.words if memory is not None else None,
         processes=_processes(config, placement, engine.value),
         updates={
             **megatron,
@@ -136,6 +139,7 @@ def _device_updates(config: Config, p: Placement, parallel: Parallel, device: st
         "colocate": p.colocate,
         "offload_train": p.offload_train,
         "offload_rollout": p.offload_rollout,
+        "engine_memory_fraction": p.engine_memory_fraction,
         "disable_grad_buffers_cpu_backup": p.offload_train,
         "disable_param_buffers_cpu_backup": p.offload_train,
         "distributed_backend": "gloo" if on_cpu else config.cluster.distributed_backend,

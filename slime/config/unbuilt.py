@@ -114,11 +114,6 @@ def _of_the_devices(args: Namespace) -> Iterator[str]:
     plan = args.plan
     p = plan.placement
     if plan.device.value == "cuda":
-        if p.colocate and p.num_engines:
-            yield (
-                "--colocate is not built yet on GPUs: training and generation cannot take turns on one; drop it and "
-                "give the engines devices of their own with --rollout-num-gpus"
-            )
         if plan.engine.value == "embedded" and p.num_engines:
             yield (
                 f"--rollout-engine embedded ({plan.engine.reason}) is not built yet on GPUs: it computes on the CPU; "

@@ -28,6 +28,8 @@ class EngineRecord:
     num_devices: int
     weights_dir: str
     """Folder through which a trainer on the same host hands over weights."""
+    first_device: int = 0
+    """Position of its first device among those of all engines."""
 
     def client(self) -> EngineClient:
         return SGLangClient(self.url, name=self.name)

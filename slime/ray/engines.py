@@ -127,7 +127,12 @@ class Engines:
         for slot, spec in zip(slots, specs, strict=True):
             slot.spec, slot.is_admitted, slot.death, slot.gave_back = spec, False, None, set()
             slot.record = EngineRecord(
-                spec.name, spec.url, self._args.rollout_engine, spec.num_devices, str(spec.weights_dir)
+                spec.name,
+                spec.url,
+                self._args.rollout_engine,
+                spec.num_devices,
+                str(spec.weights_dir),
+                spec.index * spec.num_devices,
             )
             self._health.watch(slot.name, f"{spec.url}/health", partial(self._give_up_engine, slot))
 

@@ -81,7 +81,7 @@ class TrainRayActor(Pulse):
         from slime.ray.weights import make_weight_sync
 
         if self._sync is None:
-            self._sync = make_weight_sync(self._args, self.trainer.weights(), engines, is_sender=self._rank == 0)
+            self._sync = make_weight_sync(self._args, self.trainer.weights(), engines, rank=self._rank)
         self._sync.connect([engine.client() for engine in engines] if self._rank == 0 else [])
 
     def update_weights(self, version: int) -> SyncReport:

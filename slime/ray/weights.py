@@ -12,6 +12,7 @@ from slime.ray.engines import EngineRecord
 from slime.utils.processes import free_port
 from slime.weight_sync.base import WeightSource
 from slime.weight_sync.digest import ExpectedDigests, TensorDigests
+from slime.weight_sync.ipc import IpcTransport
 from slime.weight_sync.process_group import DistributedTransport
 from slime.weight_sync.sync import Transport, WeightSync
 from slime.weight_sync.transports import DiskTransport, SharedMemoryTransport
@@ -22,19 +23,19 @@ def make_weight_sync(
     source: WeightSource,
     engines: Sequence[EngineRecord],
     *,
-    is_sender: bool,
+    rank: int,
 ) -> WeightSync:
-    """The sync between one trainer and engines of one kind."""
+    """The sync between one trainer, of which this is `rank`, and engines of one kind."""
     return WeightSync(
         source,
-        transport=_transport(args, engines),
+        transport=_transport(args, engines, rank),
         expected_digests=_expected_digests(args, engines),
         bucket_size_bytes=args.update_weight_buffer_size,
-        is_sender=is_sender,
+        is_sender=rank == 0,
     )
 
 
-def _transport(args: Namespace, engines: Sequence[EngineRecord]) -> Transport:
+def _transport(args: Namespace, engines: Sequence[EngineRecord], rank: int) -> Transport:
     if args.update_weight_transport == "disk":
         return DiskTransport(
             Path(args.update_weight_disk_dir),
@@ -43,6 +44,8 @@ def _transport(args: Namespace, engines: Sequence[EngineRecord]) -> Transport:
         )
     if engines[0].kind == "embedded":
         return SharedMemoryTransport(Path(engines[0].weights_dir))
+    if args.colocate and args.device == "cuda":
+        return _ipc_transport(engines, rank)
     host = "127.0.0.1" if args.device == "cpu" else ray.util.get_node_ip_address()
     return DistributedTransport(
         backend="nccl" if args.device == "cuda" else "gloo",
@@ -51,6 +54,13 @@ def _transport(args: Namespace, engines: Sequence[EngineRecord]) -> Transport:
         num_ranks=lambda engine: next(record.num_devices for record in engines if record.url == engine.url),
         device=args.device,
     )
+
+
+def _ipc_transport(engines: Sequence[EngineRecord], rank: int) -> IpcTransport:
+    """Trainer rank r computes on the r-th of the shared devices, and engines take theirs in the same order."""
+    places = {engine.url: range(engine.first_device, engine.first_device + engine.num_devices) for engine in engines}
+    own = next((devices for devices in places.values() if rank in devices), None)
+    return IpcTransport(lambda engine: places[engine.url], device_index=None if own is None else rank - own.start)
 
 
 def _expected_digests(args: Namespace, engines: Sequence[EngineRecord]) -> Callable[[], ExpectedDigests]:

@@ -81,11 +81,13 @@ def _from_spec(args: Namespace, spec: EngineSpec) -> list[str]:
 
 
 def _gpu_defaults(args: Namespace) -> dict[str, str]:
-    quiet = {"sglang_log_level_http": "warning"}
-    if not getattr(args, "offload_rollout", False):
-        return quiet
-    # Prefill graphs hold memory that the memory saver cannot release.
-    return {**quiet, "sglang_cuda_graph_backend_prefill": "disabled"}
+    defaults = {"sglang_log_level_http": "warning"}
+    if (fraction := getattr(args, "engine_memory_fraction", None)) is not None:
+        defaults["sglang_mem_fraction_static"] = f"{fraction:g}"
+    if getattr(args, "colocate", False):
+        # Prefill graphs hold memory that the memory saver cannot release, and a trainer beside it needs.
+        defaults["sglang_cuda_graph_backend_prefill"] = "disabled"
+    return defaults
 
 
 def _environment(spec: EngineSpec) -> dict[str, str]:

@@ -28,9 +28,10 @@ class ClusterConfig:
     offload: bool = False
     """Short for --offload-train and --offload-rollout."""
     offload_train: bool | None = None
-    """Move the trainer's memory off the devices while generating. Default: on with --colocate."""
+    """Move the trainer's memory off the devices while generating. Default: on with --colocate, unless both fit on the
+    GPU, which the plan says."""
     offload_rollout: bool | None = None
-    """Release the engines' memory while training. Default: on with --colocate."""
+    """Release the engines' memory while training. Default: on with --colocate, unless both fit on the GPU."""
     distributed_backend: str = "nccl"
     """Backend of the trainer's process groups. On the CPU it is gloo."""
     distributed_timeout_minutes: int = 10

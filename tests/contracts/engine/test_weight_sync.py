@@ -13,6 +13,7 @@ from slime.backends.sglang.client import SGLangClient
 from slime.utils.processes import free_port
 from slime.weight_sync.base import WeightSyncError
 from slime.weight_sync.digest import ExpectedDigests, TensorDigests
+from slime.weight_sync.ipc import IpcTransport
 from slime.weight_sync.process_group import DistributedTransport
 from slime.weight_sync.sync import Transport, WeightSync
 from slime.weight_sync.transports import SharedMemoryTransport
@@ -60,12 +61,16 @@ def weights(engine: Engine) -> Weights:
     return Weights(engine.model_path)
 
 
-@pytest.fixture
-def transport(engine: Engine) -> Transport:
+@pytest.fixture(params=["its own", "ipc"])
+def transport(engine: Engine, request: pytest.FixtureRequest) -> Transport:
     if engine.kind == "embedded":
+        if request.param == "ipc":
+            pytest.skip("the embedded engine reads files in memory")
         assert engine.weights_dir is not None
         engine.weights_dir.mkdir(mode=0o700, exist_ok=True)
         return SharedMemoryTransport(engine.weights_dir)
+    if request.param == "ipc":  # without a GPU a handle carries the bytes
+        return IpcTransport(lambda engine: [0], share=lambda buffer, index: buffer.__reduce_ex__(2))
     return DistributedTransport(backend="gloo", master_address="127.0.0.1", free_port=free_port, timeout_s=60)
 
 

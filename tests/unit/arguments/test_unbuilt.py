@@ -46,8 +46,6 @@ GPUS = Machine(cores=64, num_gpus=8, has_sglang=True)
 @pytest.mark.parametrize(
     ("machine", "words", "message"),
     [
-        (GPUS, "--device cuda --colocate --actor-num-gpus-per-node 4",
-         "--colocate is not built yet on GPUs.* --rollout-num-gpus"),
         (Machine(cores=8, num_gpus=2), "--device auto --actor-num-gpus-per-node 1 --rollout-num-gpus 1",
          "--rollout-engine embedded .the package sglang is not installed. is not built yet on GPUs"),
         (GPUS, "--device cuda --rollout-engine embedded --actor-num-gpus-per-node 1 --rollout-num-gpus 1",
@@ -55,7 +53,7 @@ GPUS = Machine(cores=64, num_gpus=8, has_sglang=True)
         (GPUS, "--device cuda --actor-num-gpus-per-node 1 --rollout-num-gpus 1 --distributed-backend gloo", "use nccl"),
         (Machine(cores=8, joins_cluster=True), "--device cpu --actor-num-nodes 2", "use --actor-num-nodes 1"),
     ],
-    ids=["turns on a GPU", "no SGLang", "embedded on GPUs", "gloo on GPUs", "CPU nodes of a cluster"],
+    ids=["no SGLang", "embedded on GPUs", "gloo on GPUs", "CPU nodes of a cluster"],
 )  # fmt: skip
 def test_what_the_devices_cannot_do_yet_is_refused(
     machine: Machine, words: str, message: str, files: dict[str, str], monkeypatch: pytest.MonkeyPatch,

@@ -51,8 +51,18 @@ def test_it_is_what_the_framework_calls_an_engine_client(client):
                 "dtypes": ["bfloat16"],
                 "shapes": [[2, 3]],
                 "group_name": "g",
+                "load_format": "flattened_bucket",
                 "flush_cache": False,
                 "weight_version": "3",
+            },
+        ),
+        (
+            lambda c: c.update_weights_from_tensor(("rank 0", "rank 1")),
+            "/update_weights_from_tensor",
+            {
+                "serialized_named_tensors": ["rank 0", "rank 1"],
+                "load_format": "flattened_bucket",
+                "flush_cache": False,
             },
         ),
         (

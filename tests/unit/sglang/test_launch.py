@@ -75,11 +75,20 @@ def test_pipeline_stages_share_an_engines_devices_with_tensor_ranks():
 
 
 def test_memory_that_is_to_be_released_is_saved_and_not_captured_in_prefill_graphs():
-    args = Namespace(offload_rollout=True)
+    args = Namespace(colocate=True, offload_rollout=True)
     given = options(server_command(args, spec(device="cuda", device_ids=(0,)))[0])
-    assert "--enable-memory-saver" in given
+    assert "--enable-memory-saver" in given and "--mem-fraction-static" not in given
     assert given["--cuda-graph-backend-prefill"] == "disabled"
     assert "--enable-memory-saver" not in options(server_command(args, spec())[0])
+
+
+def test_an_engine_beside_a_trainer_that_stays_takes_its_share_of_the_gpu():
+    args = Namespace(colocate=True, offload_rollout=False, engine_memory_fraction=0.42)
+    gpu = spec(device="cuda", device_ids=(0,))
+    given = options(server_command(args, gpu)[0])
+    assert given["--mem-fraction-static"] == "0.42" and "--enable-memory-saver" not in given
+    args.sglang_mem_fraction_static = 0.3
+    assert options(server_command(args, gpu)[0])["--mem-fraction-static"] == "0.3"
 
 
 def test_changed_sglang_flags_are_passed_through_and_defaults_are_not():

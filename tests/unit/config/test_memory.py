@@ -1,0 +1,80 @@
+"""Whether trainer and engines stay on a GPU that they share: what fits stays, what does not takes turns."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from slime.config import Machine
+from slime.config.batches import batch_arithmetic
+from slime.config.config import Config
+from slime.config.devices import Choice, Parallel, Placement, place
+from slime.config.memory import GIB, MemoryPlan, divide_memory, trainer_memory
+from tests.unit.config.test_resolve import config
+
+SMALL = {  # 0.5 billion parameters
+    "num_layers": 24, "hidden_size": 896, "ffn_hidden_size": 4864, "num_attention_heads": 14, "num_query_groups": 2,
+    "kv_channels": 64, "vocab_size": 151936, "untie_embeddings_and_output_weights": False, "add_qkv_bias": True,
+}  # fmt: skip
+LARGE = SMALL | {
+    "num_layers": 48, "hidden_size": 5120, "ffn_hidden_size": 13824, "num_attention_heads": 40, "num_query_groups": 8,
+    "kv_channels": 128, "untie_embeddings_and_output_weights": True,
+}  # fmt: skip
+ALONE = Parallel(1, 1, 1, 1, 1, None)
+
+
+def on_a_gpu(memory_gib: int | None = 140, **values: Any) -> Config:
+    memory = None if memory_gib is None else memory_gib * GIB
+    machine = Machine(cores=16, num_gpus=1, gpu_memory_bytes=memory, has_sglang=True)
+    defaults = {"colocate": True, "actor_num_gpus_per_node": 1, "use_dynamic_batch_size": True}
+    return config(machine, **(defaults | {"max_tokens_per_gpu": 16384} | values))
+
+
+def divided(values: dict[str, Any], asked: Config) -> tuple[Placement, MemoryPlan]:
+    placement = place(asked, Choice("cuda", ""), Choice("sglang", ""))
+    placement, memory = divide_memory(asked, placement, ALONE, batch_arithmetic(asked), values)
+    assert memory is not None
+    return placement, memory
+
+
+def test_a_small_model_and_its_engine_stay_on_a_large_gpu() -> None:
+    placement, memory = divided(SMALL, on_a_gpu())
+    assert (placement.offload_train, placement.offload_rollout) == (False, False)
+    assert placement.engine_memory_fraction == memory.engine_fraction == 0.5
+    assert "both fit" in memory.words
+
+
+@pytest.mark.parametrize(
+    ("values", "asked"),
+    [(SMALL, on_a_gpu(24)), (LARGE, on_a_gpu()), (SMALL, on_a_gpu(None)), (SMALL, on_a_gpu(offload=True))],
+    ids=["a small GPU", "a large model", "a GPU of unknown size", "turns are asked for"],
+)
+def test_otherwise_they_take_turns(values: dict[str, Any], asked: Config) -> None:
+    placement, memory = divided(values, asked)
+    assert (placement.offload_train, placement.offload_rollout) == (True, True)
+    assert placement.engine_memory_fraction is None and not memory.stays
+
+
+def test_a_share_that_the_user_gives_the_engine_decides() -> None:
+    asked = on_a_gpu()
+    share = {"sglang_mem_fraction_static": 0.8}
+    wide = dataclasses.replace(asked, sglang=share, given=asked.given | set(share))
+    placement, _ = divided(SMALL, wide)
+    assert placement.offload_train
+    assert placement.engine_memory_fraction is None
+
+
+def test_a_trainer_that_stays_leaves_the_engine_the_rest() -> None:
+    placement, _ = divided(SMALL, on_a_gpu(80, offload_train=False))
+    assert placement.offload_rollout and not placement.offload_train
+    assert placement.engine_memory_fraction is not None and 0.05 <= placement.engine_memory_fraction <= 0.5
+
+
+def test_recomputation_and_more_ranks_need_less() -> None:
+    asked = on_a_gpu()
+    batch = batch_arithmetic(asked)
+    whole = trainer_memory(asked, ALONE, batch, SMALL)
+    assert whole > trainer_memory(asked, Parallel(1, 1, 1, 8, 1, None), batch, SMALL)
+    assert whole > trainer_memory(asked, Parallel(2, 1, 1, 1, 1, None), batch, SMALL)
+    assert whole > 2 * trainer_memory(asked, ALONE, batch, SMALL | {"recompute_granularity": "full"})
+    assert 20 * GIB < whole < 60 * GIB
