@@ -1,0 +1,321 @@
+"""Attention over packed rows on a GPU: the kernels that are at hand, by name.
+
+Letters: T rows of queries and S of keys, H query heads, G groups (key and value heads), d dimensions of a head, B
+sequences. Sequence i has the rows [boundaries[i], boundaries[i + 1]); its last query stands at its last key (causal,
+aligned at the bottom right), so that a response can have the keys of its prompt before its own.
+
+Every kernel is a function (query [T, H, d], key [S, G, d], value [S, G, d], query_boundaries [B + 1], key_boundaries
+[B + 1], longest query, longest key, scale) -> [T, H, d]; boundaries are int32 on the device, lengths plain ints.
+"""
+
+import functools
+import importlib
+import importlib.util
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Attention = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int, float], Tensor]
+
+
+def attention_named(name: str) -> Attention:
+    """The kernel of `ATTENTIONS` with this name.
+
+    Raises:
+        RuntimeError: it needs something that is not installed here.
+    """
+    return ATTENTIONS[name]()
+
+
+# --- torch's own ---------------------------------------------------------------------------------------------------
+
+
+def _torch_varlen() -> Attention:
+    from torch.nn.attention.varlen import varlen_attn
+
+    # torch 2.11 takes fewer key heads as they come; from 2.13 on it wants to be told.
+    grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+
+    def attend(
+        query: Tensor, key: Tensor, value: Tensor, query_boundaries: Tensor, key_boundaries: Tensor,
+        longest_query: int, longest_key: int, scale: float,
+    ) -> Tensor:  # fmt: skip
+        out = varlen_attn(
+            query, key, value, query_boundaries, key_boundaries, longest_query, longest_key,
+            scale=scale, window_size=(-1, 0), **grouped,
+        )  # fmt: skip
+        assert isinstance(out, Tensor)
+        return out
+
+    return attend
+
+
+# --- cuDNN through its own front end ---------------------------------------------------------------------------------
+
+
+class _CudnnPlans:
+    """cuDNN's compiled graphs, one a size; sizes are rounded up so that few are needed.
+
+    Boundaries tell cuDNN where rows lie, and lengths how many count, so sequences that only fill up a rounded number
+    are empty ones.
+    """
+
+    def __init__(self) -> None:
+        self.cudnn = importlib.import_module("cudnn")
+        self._handles: dict[int, Any] = {}
+        self._forward: dict[tuple[Any, ...], Any] = {}
+        self._backward: dict[tuple[Any, ...], Any] = {}
+
+    def handle(self, device: torch.device) -> Any:
+        """This device's, on its current stream."""
+        index = device.index or 0
+        if index not in self._handles:
+            self._handles[index] = self.cudnn.create_handle()
+        handle = self._handles[index]
+        self.cudnn.set_stream(handle=handle, stream=torch.cuda.current_stream(device).cuda_stream)
+        return handle
+
+    def forward(self, size: tuple[Any, ...], handle: Any) -> tuple[Any, int]:
+        """Graph and bytes of workspace."""
+        if size not in self._forward:
+            self._forward[size] = self._build(size, handle, _forward_nodes)
+        found: tuple[Any, int] = self._forward[size]
+        return found
+
+    def backward(self, size: tuple[Any, ...], handle: Any) -> tuple[Any, int]:
+        if size not in self._backward:
+            self._backward[size] = self._build(size, handle, _backward_nodes)
+        found: tuple[Any, int] = self._backward[size]
+        return found
+
+    def _build(self, size: tuple[Any, ...], handle: Any, nodes: Callable[..., None]) -> tuple[Any, int]:
+        cudnn = self.cudnn
+        kinds = {torch.bfloat16: cudnn.data_type.BFLOAT16, torch.float16: cudnn.data_type.HALF}
+        graph = cudnn.pygraph(
+            io_data_type=kinds[size[0]],
+            intermediate_data_type=cudnn.data_type.FLOAT,
+            compute_data_type=cudnn.data_type.FLOAT,
+            handle=handle,
+        )
+        nodes(cudnn, graph, size)
+        graph.validate()
+        graph.build_operation_graph()
+        graph.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
+        graph.check_support()
+        graph.build_plans()
+        return graph, max(int(graph.get_workspace_size()), 1)
+
+
+_QUERY, _KEY, _VALUE, _OUT, _STATS, _LENGTHS_Q, _LENGTHS_K, _AT_Q, _AT_K, _AT_STATS = range(1, 11)
+_GRAD_OUT, _GRAD_QUERY, _GRAD_KEY, _GRAD_VALUE = range(11, 15)
+"""Names (uids) of the tensors of a graph. _AT_*: element at which each sequence begins."""
+
+
+def _described(cudnn: Any, graph: Any, size: tuple[Any, ...]) -> dict[int, Any]:
+    """Queries, keys, values, lengths and places of a graph."""
+    _, batch, heads, groups, dim, longest_query, longest_key, *_ = size
+    integer = dict(data_type=cudnn.data_type.INT32)
+    tensors = {
+        uid: graph.tensor(dim=[batch, 1, 1, 1], stride=[1, 1, 1, 1], uid=uid, **integer)
+        for uid in (_LENGTHS_Q, _LENGTHS_K)
+    }
+    for uid in (_AT_Q, _AT_K):
+        tensors[uid] = graph.tensor(
+            dim=[batch + 1, 1, 1, 1], stride=[1, 1, 1, 1], uid=uid, data_type=cudnn.data_type.INT64
+        )
+    for uid, count, length, at in (
+        (_QUERY, heads, longest_query, _AT_Q),
+        (_KEY, groups, longest_key, _AT_K),
+        (_VALUE, groups, longest_key, _AT_K),
+    ):
+        tensors[uid] = graph.tensor(
+            dim=[batch, count, length, dim], stride=_packed(count, length, dim), uid=uid, ragged_offset=tensors[at]
+        )
+    return tensors
+
+
+def _packed(heads: int, length: int, dim: int) -> list[int]:
+    """Strides of [B, heads, length, d] in rows [T, heads, d]."""
+    return [length * heads * dim, dim, heads * dim, 1]
+
+
+def _forward_nodes(cudnn: Any, graph: Any, size: tuple[Any, ...]) -> None:
+    _, batch, heads, _, dim, longest_query, _, scale, _ = size
+    tensors = _described(cudnn, graph, size)
+    out, stats = graph.sdpa(
+        name="attention", q=tensors[_QUERY], k=tensors[_KEY], v=tensors[_VALUE],
+        generate_stats=True, attn_scale=scale, use_padding_mask=True,
+        seq_len_q=tensors[_LENGTHS_Q], seq_len_kv=tensors[_LENGTHS_K],
+        diagonal_alignment=cudnn.diagonal_alignment.BOTTOM_RIGHT, diagonal_band_right_bound=0,
+    )  # fmt: skip
+    out.set_output(True).set_uid(_OUT).set_dim([batch, heads, longest_query, dim])
+    out.set_stride(_packed(heads, longest_query, dim)).set_ragged_offset(tensors[_AT_Q])
+    stats.set_output(True).set_uid(_STATS).set_data_type(cudnn.data_type.FLOAT)
+    stats.set_dim([batch, heads, longest_query, 1]).set_stride([heads * longest_query, longest_query, 1, 1])
+
+
+def _backward_nodes(cudnn: Any, graph: Any, size: tuple[Any, ...]) -> None:
+    _, batch, heads, groups, dim, longest_query, longest_key, scale, is_deterministic = size
+    tensors = _described(cudnn, graph, size)
+    rows = dict(
+        dim=[batch, heads, longest_query, dim],
+        stride=_packed(heads, longest_query, dim),
+        ragged_offset=tensors[_AT_Q],
+    )
+    out, grad_out = graph.tensor(uid=_OUT, **rows), graph.tensor(uid=_GRAD_OUT, **rows)
+    stats = graph.tensor(
+        dim=[batch, heads, longest_query, 1], stride=[heads * longest_query, longest_query, 1, 1], uid=_STATS,
+        data_type=cudnn.data_type.FLOAT,
+    )  # fmt: skip
+    gradients = graph.sdpa_backward(
+        name="attention_backward", q=tensors[_QUERY], k=tensors[_KEY], v=tensors[_VALUE],
+        o=out, dO=grad_out, stats=stats, attn_scale=scale, use_padding_mask=True,
+        seq_len_q=tensors[_LENGTHS_Q], seq_len_kv=tensors[_LENGTHS_K],
+        diagonal_alignment=cudnn.diagonal_alignment.BOTTOM_RIGHT, diagonal_band_right_bound=0,
+        use_deterministic_algorithm=is_deterministic,
+    )  # fmt: skip
+    for gradient, uid, count, length, at in zip(
+        gradients, (_GRAD_QUERY, _GRAD_KEY, _GRAD_VALUE), (heads, groups, groups),
+        (longest_query, longest_key, longest_key), (_AT_Q, _AT_K, _AT_K), strict=True,
+    ):  # fmt: skip
+        gradient.set_output(True).set_uid(uid).set_dim([batch, count, length, dim])
+        gradient.set_stride(_packed(count, length, dim)).set_ragged_offset(tensors[at])
+
+
+def _rounded_up(value: int) -> int:
+    """To a multiple of an eighth of the power of two below it, at least 64: at most a seventh more, few sizes."""
+    step = max(64, 1 << max(value.bit_length() - 4, 0))
+    return -(-value // step) * step
+
+
+@functools.cache
+def _cudnn_plans() -> _CudnnPlans:
+    return _CudnnPlans()
+
+
+class _CudnnAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, query_boundaries: Tensor, key_boundaries: Tensor,
+        longest_query: int, longest_key: int, scale: float,
+    ) -> Tensor:  # fmt: skip
+        plans = _cudnn_plans()
+        query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+        heads, groups, dim = query.size(1), key.size(1), query.size(2)
+        count = query_boundaries.numel() - 1
+        batch = 1 << max(count - 1, 0).bit_length()
+        is_deterministic = torch.are_deterministic_algorithms_enabled()
+        size = (
+            query.dtype, batch, heads, groups, dim, _rounded_up(longest_query), _rounded_up(longest_key),
+            scale, is_deterministic,
+        )  # fmt: skip
+        places = _places(query_boundaries, heads * dim, batch) + _places(key_boundaries, groups * dim, batch)
+        out = torch.empty_like(query)
+        stats = query.new_empty(batch, heads, size[5], dtype=torch.float32)
+        handle = plans.handle(query.device)
+        graph, workspace_bytes = plans.forward(size, handle)
+        pack = _variant_pack(query, key, value, out, stats, places)
+        graph.execute(pack, query.new_empty(workspace_bytes, dtype=torch.uint8), handle=handle)
+        ctx.save_for_backward(query, key, value, out, stats, *places)
+        ctx.size = size
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, out, stats, *places = ctx.saved_tensors
+        plans = _cudnn_plans()
+        gradients = [torch.empty_like(x) for x in (query, key, value)]
+        handle = plans.handle(query.device)
+        graph, workspace_bytes = plans.backward(ctx.size, handle)
+        pack = _variant_pack(query, key, value, out, stats, places) | {_GRAD_OUT: grad.contiguous()}
+        pack |= dict(zip((_GRAD_QUERY, _GRAD_KEY, _GRAD_VALUE), gradients, strict=True))
+        graph.execute(pack, query.new_empty(workspace_bytes, dtype=torch.uint8), handle=handle)
+        return *gradients, None, None, None, None, None
+
+
+def _places(boundaries: Tensor, row_size: int, batch: int) -> list[Tensor]:
+    """Lengths [batch] int32 and elements at which sequences begin [batch + 1] int64; those beyond the given are empty."""
+    missing = batch + 1 - boundaries.numel()
+    if missing:
+        boundaries = torch.cat([boundaries, boundaries[-1:].expand(missing)])
+    return [boundaries.diff().int(), boundaries.long() * row_size]
+
+
+def _variant_pack(
+    query: Tensor, key: Tensor, value: Tensor, out: Tensor, stats: Tensor, places: list[Tensor]
+) -> dict[int, Tensor]:
+    lengths_q, at_q, lengths_k, at_k = places
+    return {
+        _QUERY: query, _KEY: key, _VALUE: value, _OUT: out, _STATS: stats, _LENGTHS_Q: lengths_q,
+        _LENGTHS_K: lengths_k, _AT_Q: at_q, _AT_K: at_k,
+    }  # fmt: skip
+
+
+def _cudnn_frontend() -> Attention:
+    _cudnn_plans()
+
+    def attend(
+        query: Tensor, key: Tensor, value: Tensor, query_boundaries: Tensor, key_boundaries: Tensor,
+        longest_query: int, longest_key: int, scale: float,
+    ) -> Tensor:  # fmt: skip
+        out: Tensor = _CudnnAttention.apply(
+            query, key, value, query_boundaries, key_boundaries, longest_query, longest_key, scale
+        )
+        return out
+
+    return attend
+
+
+# --- cuDNN through torch -----------------------------------------------------------------------------------------------
+
+
+class _CudnnOfTorch(torch.autograd.Function):
+    """Aligned at the top left: only where each sequence has as many keys as queries."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, query_boundaries: Tensor, key_boundaries: Tensor,
+        longest_query: int, longest_key: int, scale: float,
+    ) -> Tensor:  # fmt: skip
+        query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+        out, log_sums, _, _, _, _, seed, offset, _ = torch.ops.aten._cudnn_attention_forward(
+            query, key, value, None, query_boundaries, key_boundaries, longest_query, longest_key, True, 0.0, True,
+            False, scale=scale,
+        )  # fmt: skip
+        ctx.save_for_backward(query, key, value, out, log_sums, seed, offset, query_boundaries, key_boundaries)
+        ctx.longest, ctx.scale = (longest_query, longest_key), scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, out, log_sums, seed, offset, query_boundaries, key_boundaries = ctx.saved_tensors
+        no_bias = torch.empty(0, device=query.device)
+        gradients = torch.ops.aten._cudnn_attention_backward(
+            grad.contiguous(), query, key, value, out, log_sums, seed, offset, no_bias, query_boundaries,
+            key_boundaries, *ctx.longest, 0.0, True, scale=ctx.scale,
+        )  # fmt: skip
+        return *gradients, None, None, None, None, None
+
+
+def _cudnn_of_torch() -> Attention:
+    def attend(
+        query: Tensor, key: Tensor, value: Tensor, query_boundaries: Tensor, key_boundaries: Tensor,
+        longest_query: int, longest_key: int, scale: float,
+    ) -> Tensor:  # fmt: skip
+        out: Tensor = _CudnnOfTorch.apply(
+            query, key, value, query_boundaries, key_boundaries, longest_query, longest_key, scale
+        )
+        return out
+
+    return attend
+
+
+ATTENTIONS: dict[str, Callable[[], Attention]] = {
+    "torch varlen": _torch_varlen,
+    "cuDNN front end": _cudnn_frontend,
+    "cuDNN of torch": _cudnn_of_torch,
+}
+"""Name -> what makes the function."""
