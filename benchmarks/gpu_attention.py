@@ -201,7 +201,10 @@ def compare(only: Sequence[str] = ()) -> dict[str, dict[str, Result]]:
 
 def table(results: dict[str, dict[str, Result]]) -> str:
     """One line a packing and way."""
-    lines = ["| attention | kernel | forward, ms | backward, ms | TFLOP/s | error of out, dq, dk, dv |", "|---" * 6 + "|"]
+    lines = [
+        "| attention | kernel | forward, ms | backward, ms | TFLOP/s | error of out, dq, dk, dv |",
+        "|---" * 6 + "|",
+    ]
     for packing, by_way in results.items():
         # two products of [L, L / 2] with d a head forward, five backward
         work = 7 * sum(length * length for length in PACKINGS[packing]) * DIM * HEADS

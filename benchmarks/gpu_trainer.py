@@ -16,6 +16,7 @@ import gc
 import json
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -34,7 +35,6 @@ os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-import gpu_attention
 import torch
 from gpu_attention import progress
 from torch import Tensor
@@ -347,6 +347,20 @@ def floating_point_operations(shape: dict[str, Any], work: Workload) -> float:
     return 6.0 * weights * work.num_positions + 7.0 * count * length * length * head_dim * heads * layers
 
 
+def attention_table() -> str:
+    """What gpu_attention.py prints, in a process of its own: a kernel that fails may leave the device unusable."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu_attention.py")]
+    lines = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("|"):
+                lines.append(line.rstrip())
+            else:
+                print(line, end="", flush=True)
+    return "\n".join(lines) or f"gpu_attention.py ended with {process.returncode} and no table"
+
+
 def print_tables(results: Sequence[Figures], works: Sequence[Workload], shape: dict[str, Any]) -> None:
     """Kernel groups of each profiled way, then one line a way and workload."""
     for figures in results:
@@ -391,10 +405,7 @@ def main() -> int:
     options = parser.parse_args()
     options.flags = [word if word[0].isdigit() else f"--{word}" for word in options.flags]
     warnings.filterwarnings("ignore")
-    attention = {}
-    if torch.cuda.is_available() and not options.no_attention:
-        with reported([], "attention", "all"):
-            attention = gpu_attention.compare()
+    attention = "" if options.no_attention else attention_table()
     shape, results = (TINY if options.tiny else SHAPE), []
     generator = torch.Generator().manual_seed(0)
     packings = {"4x32": (4, 32), "1x128": (1, 128)} if options.tiny else {"16x1024": (16, 1024), "1x16384": (1, 16384)}
@@ -405,7 +416,7 @@ def main() -> int:
     if not options.no_steps:
         with tempfile.TemporaryDirectory() as folder:
             results = compare(options, Path(folder), works, shape)
-    print(f"\n{gpu_attention.table(attention)}")
+    print(f"\n{attention}")
     print_tables(results, works, shape)
     print(f"\ntorch {torch.__version__}, {torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'}")
     return 0

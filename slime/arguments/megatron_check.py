@@ -50,7 +50,7 @@ AS_ALWAYS: dict[str, tuple[Any, ...]] = {
     "accumulate_allreduce_grads_in_fp32": (True,),
     "add_bias_linear": (False,),
     "add_position_embedding": (False,),
-    "attention_backend": ("auto", "flash"),
+    "attention_backend": ("auto", "flash", "fused"),
     "attention_dropout": (0.0,),
     "deallocate_pipeline_outputs": (True,),
     "gated_linear_unit": (True,),

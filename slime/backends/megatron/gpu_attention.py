@@ -30,7 +30,7 @@ def attention_named(name: str) -> Attention:
     return ATTENTIONS[name]()
 
 
-# --- torch's own ---------------------------------------------------------------------------------------------------
+# --- torch's own ------------------------------------------------------------------------------------------------------
 
 
 def _torch_varlen() -> Attention:
@@ -237,7 +237,7 @@ class _CudnnAttention(torch.autograd.Function):
 
 
 def _places(boundaries: Tensor, row_size: int, batch: int) -> list[Tensor]:
-    """Lengths [batch] int32 and elements at which sequences begin [batch + 1] int64; those beyond the given are empty."""
+    """Lengths [batch] int32, and elements at which sequences begin [batch + 1] int64; added ones are empty."""
     missing = batch + 1 - boundaries.numel()
     if missing:
         boundaries = torch.cat([boundaries, boundaries[-1:].expand(missing)])
@@ -269,7 +269,7 @@ def _cudnn_frontend() -> Attention:
     return attend
 
 
-# --- cuDNN through torch -----------------------------------------------------------------------------------------------
+# --- cuDNN through torch ---------------------------------------------------------------------------------------------
 
 
 class _CudnnOfTorch(torch.autograd.Function):

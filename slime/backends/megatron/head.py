@@ -96,7 +96,7 @@ class _ResponseLogProbs(torch.autograd.Function):
                 part = slice(rows.start + block.start, rows.start + block.stop)
                 _softmax_in_place(logits[block], local[part], stats[:, part], is_kept, options)
         local_log_z = stats[0].clone()
-        log_z, target_logit, mean_logit = _over_the_vocabulary(stats, is_here, shard)
+        log_z, target_logit, mean_logit = over_the_vocabulary(stats, is_here, shard)
         log_probs, entropy = target_logit - log_z, log_z - mean_logit
         ctx.save_for_backward(hidden, weight, local, is_here, log_probs, log_z, local_log_z, mean_logit)
         ctx.softmax, ctx.shard, ctx.options = softmax, shard, options
@@ -151,7 +151,7 @@ class _ResponseLogProbs(torch.autograd.Function):
                 grad_weight = grad_weight.float().add_(
                     product(logits.t(), hidden[rows].t())
                 )  # chunks add up in float32
-        return grad_hidden, None if grad_weight is None else _padded_like(grad_weight, weight), None, None, None
+        return grad_hidden, None if grad_weight is None else padded_like(grad_weight, weight), None, None, None
 
 
 def _rows_to_keep(num_rows: int, live: Tensor, options: HeadOptions) -> int:
@@ -198,7 +198,7 @@ def _softmax_in_place(logits: Tensor, local: Tensor, stats: Tensor, is_kept: boo
         torch.mul(exponentials, sums.reciprocal_()[:, None], out=logits)
 
 
-def _over_the_vocabulary(stats: Tensor, is_here: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor, Tensor]:
+def over_the_vocabulary(stats: Tensor, is_here: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor, Tensor]:
     """log_z, target logit and mean logit of whole rows from those of each rank's part."""
     log_z, target_logit, mean_logit = stats
     if shard.group is None or shard.group.size() == 1:
@@ -220,7 +220,7 @@ def _write_targets(values: Tensor, local: Tensor, is_here: Tensor, at_target: Te
     values.scatter_(1, columns, torch.where(is_here[:, None], at_target[:, None], values.gather(1, columns)))
 
 
-def _padded_like(grad: Tensor, weight: Tensor) -> Tensor:
+def padded_like(grad: Tensor, weight: Tensor) -> Tensor:
     if grad.size(0) < weight.size(0):
         grad = torch.cat([grad, grad.new_zeros(weight.size(0) - grad.size(0), grad.size(1))])
     return grad.to(weight.dtype)

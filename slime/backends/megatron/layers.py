@@ -19,32 +19,25 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from torch import Tensor
 
 from slime.backends.megatron import cpu_attention
+from slime.backends.megatron.kernels import Kernels
 from slime.backends.megatron.packed import PackedSegments
-from slime.backends.megatron.pointwise import rms_norm, rotate, swiglu
 from slime.backends.megatron.products import linear
 
 
-class CpuRMSNorm(torch.nn.RMSNorm):
-    """torch's, in fewer passes over memory."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
-
-
-class Norm:
-    """RMSNorm or LayerNorm, marked so that Megatron sums its gradient over sequence-parallel ranks.
+class Norm(torch.nn.RMSNorm):
+    """RMSNorm, marked so that Megatron sums its gradient over sequence-parallel ranks.
 
     (Megatron's own wrapper refuses sequence parallelism.)
     """
 
-    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> torch.nn.Module:
-        device = torch.device(torch.cuda.current_device())
-        rms_norm_of_device = CpuRMSNorm if device.type == "cpu" else torch.nn.RMSNorm
-        kind = rms_norm_of_device if config.normalization == "RMSNorm" else torch.nn.LayerNorm
-        norm = kind(hidden_size, eps=eps, dtype=config.params_dtype, device=device)
-        for parameter in norm.parameters():
-            parameter.sequence_parallel = config.sequence_parallel
-        return norm
+    kernels: Kernels
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=_device())
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.kernels.rms_norm(x, self.weight, self.eps)
 
 
 class _CpuProduct:
@@ -68,8 +61,10 @@ class CpuRowParallelLinear(_CpuProduct, RowParallelLinear):
 class SwiGLU(MegatronModule):
     """The MLP's activation: [..., 2 f] -> [..., f]. (MegatronModule: the MLP asks its parts for checkpoint keys.)"""
 
+    kernels: Kernels
+
     def forward(self, x: Tensor) -> Tensor:
-        return swiglu(x)
+        return self.kernels.swiglu(x)
 
 
 class VarlenAttention(torch.nn.Module):
@@ -77,6 +72,8 @@ class VarlenAttention(torch.nn.Module):
 
     It applies the rotary angles, as only `PackedSegments` knows the positions; Megatron's model is built without.
     """
+
+    kernels: Kernels
 
     def __init__(
         self,
@@ -106,67 +103,71 @@ class VarlenAttention(torch.nn.Module):
     ) -> Tensor:
         """query: [T, H, d]; key, value: [T, G, d]. Returns [T, H * d]."""
         assert isinstance(packed_seq_params, PackedSegments), "the model is called with packed rows only"
-        if packed_seq_params.cos is not None and packed_seq_params.sin is not None:
-            query = rotate(query, packed_seq_params.cos, packed_seq_params.sin)
-            key = rotate(key, packed_seq_params.cos, packed_seq_params.sin)
-        if query.is_cuda:
-            return _attend_on_cuda(query, key, value, packed_seq_params, self.scale).flatten(1)
-        return cpu_attention.attend(query, key, value, packed_seq_params.blocks, self.scale).flatten(1)
+        packed, rotate = packed_seq_params, self.kernels.rotate
+        if packed.cos is not None and packed.sin is not None:
+            query, key = rotate(query, packed.cos, packed.sin), rotate(key, packed.cos, packed.sin)
+        if self.kernels.attention is None:
+            return cpu_attention.attend(query, key, value, packed.blocks, self.scale).flatten(1)
+        if packed.key_index is not None:
+            key, value = key.index_select(0, packed.key_index), value.index_select(0, packed.key_index)
+        return self.kernels.attention(
+            query, key, value, packed.cu_seqlens_q, packed.cu_seqlens_kv, packed.max_seqlen_q, packed.max_seqlen_kv,
+            self.scale,
+        ).flatten(1)  # fmt: skip
 
 
-def _attend_on_cuda(query: Tensor, key: Tensor, value: Tensor, packed: PackedSegments, scale: float) -> Tensor:
-    """One variable-length kernel; where a segment has more keys than queries, its queries are the last of them."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    if packed.key_index is not None:
-        key, value = key[packed.key_index], value[packed.key_index]
-    if key.size(1) != query.size(1):  # grouped-query attention is an option of the kernel only since torch 2.13
-        repeats = query.size(1) // key.size(1)
-        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-    return varlen_attn(
-        query,
-        key,
-        value,
-        packed.cu_seqlens_q,
-        packed.cu_seqlens_kv,
-        packed.max_seqlen_q,
-        packed.max_seqlen_kv,
-        scale=scale,
-        window_size=(-1, 0),
-    )
+def _device() -> torch.device:
+    return torch.device(torch.cuda.current_device())
 
 
-def decoder_block_spec(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-    """Megatron's local spec of the layers of this pipeline stage, with our norm and attention in it."""
+def decoder_block_spec(
+    config: TransformerConfig, kernels: Kernels, vp_stage: int | None = None
+) -> TransformerBlockSubmodules:
+    """Megatron's local spec of the layers of this pipeline stage, with our norm, attention and activation in it."""
     spec = get_gpt_decoder_block_spec(
         config, use_transformer_engine=False, normalization=config.normalization, vp_stage=vp_stage
     )
-    on_cpu = torch.device(torch.cuda.current_device()).type == "cpu"
-    return _replaced(spec, _REPLACEMENTS | (_CPU_REPLACEMENTS if on_cpu else {}))
+    replacements: dict[type, Any] = {
+        WrappedTorchNorm: _with(kernels, Norm), DotProductAttention: _with(kernels, VarlenAttention)
+    }  # fmt: skip
+    if _device().type == "cpu":
+        replacements |= _CPU_REPLACEMENTS
+    return _replaced(spec, replacements, _with(kernels, SwiGLU))
 
 
-_REPLACEMENTS: dict[type, Any] = {WrappedTorchNorm: Norm, DotProductAttention: VarlenAttention}
+def _with(kernels: Kernels, layer: type) -> type:
+    """The layer for one choice of kernels. (Megatron builds layers from classes, and passes them what it knows.)"""
+    return type(layer.__name__, (layer,), {"kernels": kernels, "__doc__": layer.__doc__})
+
+
 _CPU_REPLACEMENTS: dict[type, Any] = {
     ColumnParallelLinear: CpuColumnParallelLinear,
     RowParallelLinear: CpuRowParallelLinear,
 }
 
 
-def _replaced(spec: Any, modules: dict[type, Any]) -> Any:
+def _replaced(spec: Any, modules: dict[type, Any], activation: type) -> Any:
     """The same spec with modules replaced; the stock one, which Megatron may share between models, is not touched."""
     if isinstance(spec, type):
         return modules.get(spec, spec)
     if isinstance(spec, list):
-        return [_replaced(item, modules) for item in spec]
+        return [_replaced(item, modules, activation) for item in spec]
     if isinstance(spec, MLPSubmodules):
         layers = {name: modules.get(layer, layer) for name, layer in vars(spec).items()}
-        return dataclasses.replace(spec, **(layers | {"activation_func": SwiGLU}))
+        return dataclasses.replace(spec, **(layers | {"activation_func": activation}))
     if isinstance(spec, ModuleSpec):
         return dataclasses.replace(
-            spec, module=_replaced(spec.module, modules), submodules=_replaced(spec.submodules, modules)
+            spec,
+            module=_replaced(spec.module, modules, activation),
+            submodules=_replaced(spec.submodules, modules, activation),
         )
     if dataclasses.is_dataclass(spec) and not isinstance(spec, type):
         return dataclasses.replace(
-            spec, **{f.name: _replaced(getattr(spec, f.name), modules) for f in dataclasses.fields(spec) if f.init}
+            spec,
+            **{
+                f.name: _replaced(getattr(spec, f.name), modules, activation)
+                for f in dataclasses.fields(spec)
+                if f.init
+            },
         )
     return spec

@@ -17,7 +17,8 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from slime.backends.megatron import config as megatron_config
-from slime.backends.megatron.head import HeadOptions, VocabShard, response_log_probs
+from slime.backends.megatron.head import HeadOptions, VocabShard
+from slime.backends.megatron.kernels import Kernels, kernels_for
 from slime.backends.megatron.layers import decoder_block_spec
 from slime.backends.megatron.packed import packed_segments
 from slime.data.packing import PackedBatch
@@ -46,6 +47,7 @@ class LogProbHead(ColumnParallelLinear):
     """
 
     vocab_size: int
+    kernels: Kernels
 
     def forward(
         self, hidden: Tensor, weight: Tensor | None, batch: PackedBatch, options: HeadOptions
@@ -58,7 +60,7 @@ class LogProbHead(ColumnParallelLinear):
         else:
             rows = hidden[:, 0].index_select(0, batch.head_index)
             rows = tensor_parallel.copy_to_tensor_model_parallel_region(rows, group=self.tp_group)
-        return response_log_probs(rows, weight, batch.targets, self.shard(weight), options)
+        return self.kernels.log_probs(rows, weight, batch.targets, self.shard(weight), options)
 
     def logits(self, hidden: Tensor, weight: Tensor | None, temperature: float) -> Tensor:
         """[T or T/TP, 1, h] -> [1, T, V] float32, divided by the temperature; padding of the vocabulary cut off."""
@@ -79,9 +81,11 @@ class PolicyModel(GPTModel):
     def __init__(self, config: TransformerConfig, shape: ModelShape, vp_stage: int | None = None) -> None:
         is_first = parallel_state.is_pipeline_first_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
         is_last = parallel_state.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
+        device = torch.device(torch.cuda.current_device())
+        kernels = kernels_for(device, config.attention_backend.name)
         super().__init__(
             config,
-            decoder_block_spec(config, vp_stage),
+            decoder_block_spec(config, kernels, vp_stage),
             vocab_size=padded_vocab_size(shape.vocab_size, config.tensor_model_parallel_size),
             max_sequence_length=shape.max_position_embeddings,
             pre_process=is_first,
@@ -91,11 +95,13 @@ class PolicyModel(GPTModel):
             position_embedding_type="none",  # VarlenAttention applies the rotary angles
             vp_stage=vp_stage,
         )
-        self.shape = shape
-        self.inverse_frequencies = shape.rotary.inverse_frequencies().to(torch.cuda.current_device())
+        self.shape, self.kernels = shape, kernels
+        self._angle_dtype = torch.float32 if kernels.angles_in_float32 else config.params_dtype
+        self.inverse_frequencies = shape.rotary.inverse_frequencies().to(device)
         if self.post_process:
             self.output_layer.__class__ = LogProbHead
             self.output_layer.vocab_size = shape.vocab_size
+            self.output_layer.kernels = kernels
 
     def forward(self, batch: PackedBatch, options: HeadOptions, *, wants_logits: bool = False) -> Tensor | HeadOutput:
         """Run one micro-batch through this stage.
@@ -109,7 +115,7 @@ class PolicyModel(GPTModel):
             Hidden states [T, 1, h] for the next stage ([T/TP, 1, h] with sequence parallelism), or the last stage's
             `HeadOutput`.
         """
-        packed = packed_segments(batch, self.inverse_frequencies, self.config.params_dtype)
+        packed = packed_segments(batch, self.inverse_frequencies, self._angle_dtype)
         embedded = self.embedding(input_ids=batch.input_ids[None], position_ids=None) if self.pre_process else None
         hidden = self.decoder(hidden_states=embedded, attention_mask=None, packed_seq_params=packed)
         if not self.post_process:

@@ -24,7 +24,7 @@ class PackedSegments(PackedSeqParams):
 
     segments: tuple[Segment, ...] = ()
     cos: Tensor | None = None
-    """[T, 1, d/2] in the dtype of the activations."""
+    """[T, 1, d/2]."""
     sin: Tensor | None = None
     key_index: Tensor | None = None
     """On CUDA: rows that hold the keys of all segments one after the other (its prefix, its own rows); None if no
@@ -39,7 +39,7 @@ def packed_segments(batch: PackedBatch, inverse_frequencies: Tensor, dtype: torc
     Args:
         batch: on the device of the model.
         inverse_frequencies: [d/2] float32, radians per position.
-        dtype: of the activations; angles are taken in float32 and their cosines rounded, as transformers does.
+        dtype: that cosines are rounded to; angles are taken in float32.
     """
     angles = torch.outer(batch.position_ids.float(), inverse_frequencies)[:, None, :]
     key_lengths = [segment.prefix_len + segment.q_len for segment in batch.segments]

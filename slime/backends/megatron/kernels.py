@@ -1,0 +1,108 @@
+"""What the layers and the head compute with on this device: chosen once, as one object with a name for the log.
+
+Letters: T rows of a packed micro-batch, N response tokens.
+"""
+
+import importlib.util
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slime.backends.megatron import head, pointwise
+from slime.backends.megatron.gpu_attention import ATTENTIONS, Attention, attention_named
+
+logger = logging.getLogger(__name__)
+
+POINTWISE_NAMES = ("Triton", "torch")
+"""Who computes norms, rotation, SwiGLU and the head's softmax on a GPU, the preferred one first."""
+ATTENTION_NAMES = tuple(ATTENTIONS)
+"""Kernels of `gpu_attention`, the preferred one first."""
+
+_BY_FLAG = {"auto": ATTENTION_NAMES, "flash": ("torch varlen",), "fused": ("cuDNN front end",)}
+"""--attention-backend -> kernels to try, in order."""
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The functions of one device.
+
+    Attributes:
+        name: what they are, for the log.
+        rms_norm: (x, weight, eps), see `pointwise`.
+        rotate: (x, cos, sin), see `pointwise`.
+        swiglu: (x), see `pointwise`.
+        log_probs: as `head.response_log_probs`.
+        attention: variable-length attention on a GPU; None on a CPU, where `cpu_attention` does it in blocks.
+        angles_in_float32: whether `rotate` takes cosines in float32, as SGLang does on a GPU; else they are rounded to
+            the dtype of the activations, as transformers does.
+    """
+
+    name: str
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor]
+    rotate: Callable[[Tensor, Tensor, Tensor], Tensor]
+    swiglu: Callable[[Tensor], Tensor]
+    log_probs: Callable[..., tuple[Tensor, Tensor | None]]
+    attention: Attention | None = None
+    angles_in_float32: bool = False
+
+
+CPU = Kernels(
+    "oneDNN, attention in blocks", pointwise.rms_norm, pointwise.rotate, pointwise.swiglu, head.response_log_probs
+)
+
+_forced: dict[str, str] = {}
+
+
+@contextmanager
+def forced(*, pointwise: str | None = None, attention: str | None = None) -> Iterator[None]:
+    """Models that are built meanwhile on a GPU take these, whatever is preferred: for benchmarks and tests."""
+    before = dict(_forced)
+    wanted: dict[str, Any] = {"pointwise": pointwise, "attention": attention}
+    _forced.update({part: name for part, name in wanted.items() if name is not None})
+    try:
+        yield
+    finally:
+        _forced.clear()
+        _forced.update(before)
+
+
+def kernels_for(device: torch.device, attention_backend: str = "auto") -> Kernels:
+    """What models on this device compute with.
+
+    Args:
+        attention_backend: --attention-backend: `auto`, `flash` (torch's) or `fused` (cuDNN's).
+
+    Raises:
+        RuntimeError: an attention that was asked for is not installed here.
+    """
+    if device.type == "cpu":
+        return CPU
+    has_triton = importlib.util.find_spec("triton") is not None
+    by = _forced.get("pointwise") or (POINTWISE_NAMES[0] if has_triton else POINTWISE_NAMES[1])
+    names = (_forced["attention"],) if "attention" in _forced else _BY_FLAG[attention_backend]
+    name, attention = _first_at_hand(names)
+    if by == "Triton":
+        from slime.backends.megatron import gpu_head, triton_kernels
+
+        pieces = (triton_kernels.rms_norm, triton_kernels.rotate, triton_kernels.swiglu, gpu_head.response_log_probs)
+    else:
+        pieces = (pointwise.rms_norm, pointwise.rotate, pointwise.swiglu, head.response_log_probs)
+    return Kernels(f"attention by {name}; norms, rotation, SwiGLU and head by {by}", *pieces, attention, by == "Triton")
+
+
+def _first_at_hand(names: tuple[str, ...]) -> tuple[str, Attention]:
+    problems = []
+    for name in names:
+        try:
+            return name, attention_named(name)
+        except (ImportError, OSError) as error:
+            problems.append(f"{name}: {error}")
+    raise RuntimeError(
+        f"No attention kernel of those asked for can be loaded ({'; '.join(problems)}). Install what is missing "
+        "(cuDNN's front end: pip install nvidia-cudnn-frontend), or leave --attention-backend out."
+    )
