@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -45,6 +46,17 @@ class Engine:
         """Nats between this engine and fp32 transformers."""
         return 1e-4 if self.info["dtype"] == "float32" else 0.25
 
+    def needs_newer_sglang_than(self, version: str, why: str) -> None:
+        """Skip the test on a stock server of `version` or older, of which `why` was seen to be true."""
+        if self.kind != "embedded" and _numbers(self.info["version"]) <= _numbers(version):
+            pytest.skip(f"SGLang {self.info['version']} {why}")
+
+    @property
+    def refusals(self) -> tuple[int, ...]:
+        """Statuses that answer a sampling field of a wrong name or type: SGLang 0.5.16 calls it an error of its own."""
+        is_old = self.kind != "embedded" and _numbers(self.info["version"]) <= (0, 5, 16)
+        return (400, 500) if is_old else (400,)
+
     @property
     def keeps_seeds(self) -> bool:
         """SGLang follows `sampling_seed` only with --enable-deterministic-inference, the embedded engine always."""
@@ -79,7 +91,13 @@ class Engine:
         loads = self.http.get("/v1/loads", params={"include": "core"}).json()["loads"]
         return sum(rank["num_running_reqs"] + rank["num_waiting_reqs"] for rank in loads)
 
+    def needs_digests(self) -> None:
+        """Skip the test where the server cannot tell digests of its weights."""
+        if self.info["device"] == "cpu":
+            self.needs_newer_sglang_than("0.5.16", "takes digests on a GPU alone")
+
     def checksums(self) -> dict[str, str]:
+        self.needs_digests()
         (rank,) = self.ok("/weights_checker", {"action": "checksum"})["ranks"]
         return dict(rank["checksums"])
 
@@ -95,6 +113,10 @@ class Engine:
             assert time.monotonic() < deadline, "requests are in flight long after abort_all"
             time.sleep(0.05)
             self.post("/abort_request", {"abort_all": True})
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:3] if part.isdigit())
 
 
 class Stream:

@@ -1,5 +1,6 @@
 """slime's own weight sync against a live engine: digests foretold, weights carried and proved, faults caught."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from slime.backends.sglang.checksum import FusedTensorDigests
+from slime.backends.sglang.checksum import FusedTensorDigests, algorithm_of
 from slime.backends.sglang.client import SGLangClient
 from slime.utils.processes import free_port
 from slime.weight_sync.base import WeightSyncError
@@ -17,6 +18,7 @@ from slime.weight_sync.ipc import IpcTransport
 from slime.weight_sync.process_group import DistributedTransport
 from slime.weight_sync.sync import Transport, WeightSync
 from slime.weight_sync.transports import SharedMemoryTransport
+from tests.contracts.engine.conftest import HEADS_FOR_GPUS, Stock
 from tests.contracts.engine.speaking import Engine, Reference
 from tests.contracts.engine.tiny_model import save_tiny_model
 
@@ -25,14 +27,23 @@ def tensors_of(model_path: str) -> dict[str, Tensor]:
     return {name: tensor for file in Path(model_path).glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
-def expected_digests(engine: Engine, model_type: str = "llama") -> ExpectedDigests:
-    return TensorDigests() if engine.kind == "embedded" else FusedTensorDigests(model_type)
+def expected_digests(engine: Engine) -> ExpectedDigests:
+    if engine.kind == "embedded":
+        return TensorDigests()
+    model_type = json.loads((Path(engine.model_path) / "config.json").read_text())["model_type"]
+    return FusedTensorDigests(model_type, algorithm=algorithm_of(engine.info["device"]))
 
 
 @pytest.fixture(autouse=True)
 def our_engines_only(request: pytest.FixtureRequest) -> None:
     if "engine" in request.fixturenames and request.getfixturevalue("engine").kind == "url":
         pytest.skip("what an engine at a URL reports, and how weights reach it, is not known")
+
+
+@pytest.fixture(autouse=True)
+def engines_with_digests_only(request: pytest.FixtureRequest) -> None:
+    if "engine" in request.fixturenames:
+        request.getfixturevalue("engine").needs_digests()
 
 
 def test_the_digests_of_loaded_weights_are_foretold_from_the_checkpoint(engine: Engine):
@@ -138,9 +149,13 @@ def test_a_bit_flipped_on_the_way_is_caught_and_nothing_is_generated(
     [("qwen2", {}), ("qwen3", {"tie_word_embeddings": False})],
     ids=["qwen2 with biases", "qwen3 untied with query and key norms"],
 )
-def test_stock_digests_of_other_families_are_foretold(start_engine, tmp_path: Path, model_type: str, shape: dict):
-    folder = save_tiny_model(tmp_path / model_type, model_type, **shape)
+def test_stock_digests_of_other_families_are_foretold(
+    stock: Stock, start_engine, tmp_path: Path, model_type: str, shape: dict
+):
+    heads = {} if stock.dtype == "float32" else HEADS_FOR_GPUS
+    folder = save_tiny_model(tmp_path / model_type, model_type, dtype=stock.dtype, **{**heads, **shape})
     engine = start_engine("sglang", folder)
-    digests = FusedTensorDigests(model_type)
+    engine.needs_digests()
+    digests = expected_digests(engine)
     digests.add(tensors_of(str(folder)).items())
     assert engine.checksums() == digests.result()

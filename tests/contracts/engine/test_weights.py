@@ -61,8 +61,9 @@ def test_the_version_of_new_weights_is_in_every_reply(engine: Engine, prompt, ot
     engine.ok("/update_weights_from_disk", {"model_path": str(other_weights), "weight_version": "v6"})
     meta = engine.greedy(prompt, 3, ignore_eos=True)["meta_info"]
     assert meta["weight_version"] == "v6"
-    assert meta["weight_versions"] == [{"version": "v6", "start": 0, "end": 3}]
     assert engine.weight_version() == "v6"
+    engine.needs_newer_sglang_than("0.5.16", "does not tell which tokens a version made")
+    assert meta["weight_versions"] == [{"version": "v6", "start": 0, "end": 3}]
 
 
 def test_the_version_label_alone_can_be_set(engine: Engine, prompt):
@@ -75,6 +76,7 @@ def test_the_version_label_alone_can_be_set(engine: Engine, prompt):
 
 def test_a_reply_tells_which_weights_made_which_tokens(engine: Engine, prompt, other_weights):
     """Retracted under one version, finished under the next."""
+    engine.needs_newer_sglang_than("0.5.16", "ends its scheduler when weights come from a folder amid requests")
     engine.ok("/update_weight_version", {"new_version": "old", "abort_all_requests": False})
     stream = engine.stream({"input_ids": prompt, "sampling_params": {"max_new_tokens": 200, "ignore_eos": True}})
     stream.wait_for_events(3)

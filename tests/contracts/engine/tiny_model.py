@@ -44,8 +44,10 @@ def save_tokenizer(folder: Path, vocab_size: int = 400) -> int:
     return len(wrapped)
 
 
-def save_tiny_model(folder: Path, model_type: str = "llama", *, seed: int = 0, **overrides: Any) -> Path:
-    """Save a two-layer fp32 model of `model_type` with its tokenizer in HuggingFace format; returns `folder`.
+def save_tiny_model(
+    folder: Path, model_type: str = "llama", *, seed: int = 0, dtype: str = "float32", **overrides: Any
+) -> Path:
+    """Save a two-layer model of `model_type` with its tokenizer in HuggingFace format; returns `folder`.
 
     The head's weights are wide (standard deviation 0.2), so that a token's probability is far from uniform and
     greedy decoding has no near ties.
@@ -76,5 +78,5 @@ def save_tiny_model(folder: Path, model_type: str = "llama", *, seed: int = 0, *
         for name, parameter in model.named_parameters():
             if name.endswith("bias") or "norm" in name:  # transformers starts them at 0 and 1: nothing to mistake
                 parameter.add_(torch.randn_like(parameter) * 0.1)
-    model.save_pretrained(folder)
+    model.to(getattr(torch, dtype)).save_pretrained(folder)
     return folder
