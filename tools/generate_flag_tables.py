@@ -3,6 +3,9 @@
     python tools/generate_flag_tables.py --write     writes slime/arguments/tables/*.json
     python tools/generate_flag_tables.py --check     compares, shows a diff and exits 1 if they differ
 
+The table of SGLang also holds what an older version alone has, so that its flags work too: a row's `only_in` names that
+version. `--sglang-older` reads such a version; without it these rows stay as they are.
+
 A package whose source is not installed is reported; its table is then neither written nor checked (exit code 3).
 """
 
@@ -28,12 +31,14 @@ def main() -> int:
     parser.add_argument("--only", choices=sorted(VERSIONS), nargs="+", default=sorted(VERSIONS))
     for name, package in (("megatron", "megatron.core"), ("sglang", "sglang"), ("router", "sglang_router")):
         parser.add_argument(f"--{name}-source", type=Path, help=f"folder of the package {package}")
+    parser.add_argument("--sglang-older", type=Path, help="folder of an older sglang, whose flags are kept too")
     args = parser.parse_args()
     readers = {"megatron": megatron.rows, "sglang": sglang.rows, "router": router.rows}
     code = 0
     for name in args.only:
         try:
-            text = as_text(readers[name](getattr(args, f"{name}_source")))
+            rows = readers[name](getattr(args, f"{name}_source"))
+            text = as_text(with_older(rows, args.sglang_older) if name == "sglang" else rows)
         except FileNotFoundError as missing:
             print(f"{name}: not compared: {missing}", file=sys.stderr)
             code = code or 3
@@ -49,6 +54,18 @@ def main() -> int:
         else:
             print(f"{name}: {text.count(chr(10)) - 2} flags, as in the package")
     return code
+
+
+def with_older(rows: list[dict[str, Any]], older: Path | None) -> list[dict[str, Any]]:
+    """The rows of the newest SGLang, then those that only an older one has and does not call deprecated itself."""
+    if older is None:
+        table = json.loads((TABLES / "sglang.json").read_text(encoding="utf-8"))
+        return rows + [row for row in table if "only_in" in row]
+    version = (older / "_version.py").read_text(encoding="utf-8").split("__version__ = version = ")[1].split("'")[1]
+    dests = {row["dest"] for row in rows}
+    old = [row for row in sglang.rows(older) if row["dest"] not in dests]
+    alive = [row for row in old if "deprecated" not in row["help"].lower() and not row["help"].startswith("See SGLang")]
+    return rows + [row | {"only_in": version} for row in alive]
 
 
 def as_text(rows: list[dict[str, Any]]) -> str:

@@ -15,6 +15,9 @@ SKIPPED = {
     "enable_return_routed_experts",
 }  # fmt: skip
 
+# Of scripts for versions before these fields had their names; the server is given the new one.
+OLDER_SPELLINGS = {"cuda_graph_bs_decode": "--cuda-graph-bs", "cuda_graph_max_bs_decode": "--cuda-graph-max-bs"}
+
 TYPE_PARSERS = {
     "json.loads": "json",
     "json_list_type": "json",
@@ -39,6 +42,9 @@ def rows(folder: Path | None = None) -> list[dict[str, Any]]:
                     table[row["dest"]] = row
     for row in _manual(server_args, table):
         table.setdefault(row["dest"], row)
+    for dest, spelling in OLDER_SPELLINGS.items():
+        if dest in table and spelling not in table[dest]["names"]:
+            table[dest]["names"].append(spelling)
     return [_prefixed(row) for dest, row in table.items() if dest not in SKIPPED]
 
 

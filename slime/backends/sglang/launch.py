@@ -28,6 +28,13 @@ _CPU_DEFAULTS = {
     "sglang_log_level_http": "warning",
 }
 
+# What may be given back or is not needed; the user's environment comes first.
+_GPU_ENVIRONMENT = {
+    "SGLANG_MEMORY_SAVER_CUDA_GRAPH": "true",  # graphs lie in memory that can be released under the tag cuda_graph
+    "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "false",  # trainer ranks beside an engine's leave it unequal memory
+    "SGLANG_JIT_DEEPGEMM_PRECOMPILE": "false",
+}
+
 # Of the trainer's process, not for a server: rendezvous, and an allocator setting that the memory saver refuses.
 _NOT_INHERITED = ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE", "PYTORCH_CUDA_ALLOC_CONF")
 
@@ -106,5 +113,6 @@ def _environment(spec: EngineSpec) -> dict[str, str]:
             "CUDA_VISIBLE_DEVICES": "",
         }
     else:
+        env = _GPU_ENVIRONMENT | env
         env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, spec.device_ids))
     return env

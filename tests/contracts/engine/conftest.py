@@ -1,4 +1,4 @@
-"""The engine under test: embedded by default, stock SGLang (CPU or GPU) under the marker `sglang`, or `--engine-url`."""
+"""The engine under test: embedded by default, stock SGLang (CPU, GPU) under the marker `sglang`, or `--engine-url`."""
 
 import importlib.util
 import os
@@ -7,7 +7,6 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 

@@ -26,8 +26,11 @@ class Engine:
         self.url = url.rstrip("/")
         self.kind = kind
         self.weights_dir = weights_dir
-        self.http = httpx.Client(base_url=self.url, timeout=TIMEOUT_S, trust_env=False)
+        self.http = self._connections()
         self._threads = ThreadPoolExecutor(16)
+
+    def _connections(self) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=TIMEOUT_S, trust_env=False)
 
     @functools.cached_property
     def info(self) -> dict[str, Any]:
@@ -63,7 +66,11 @@ class Engine:
         return self.kind == "embedded" or bool(self.info.get("enable_deterministic_inference"))
 
     def post(self, path: str, payload: Any) -> httpx.Response:
-        return self.http.post(path, json=payload)
+        reply = self.http.post(path, json=payload)
+        if reply.status_code >= 500:  # the server closes the connection behind it, maybe only when it is used again
+            self.http.close()
+            self.http = self._connections()
+        return reply
 
     def ok(self, path: str, payload: Any) -> Any:
         """POST that must succeed; its JSON, or None for an empty body."""

@@ -55,8 +55,8 @@ def test_the_digests_of_loaded_weights_are_foretold_from_the_checkpoint(engine: 
 class Weights:
     """A trainer's weights: the checkpoint, scaled where a test says so, in buckets of four tensors."""
 
-    def __init__(self, model_path: str) -> None:
-        self.tensors = tensors_of(model_path)
+    def __init__(self, model_path: str, device: str) -> None:
+        self.tensors = {name: tensor.to(device) for name, tensor in tensors_of(model_path).items()}
 
     def names(self) -> list[str]:
         return list(self.tensors)
@@ -69,7 +69,7 @@ class Weights:
 
 @pytest.fixture
 def weights(engine: Engine) -> Weights:
-    return Weights(engine.model_path)
+    return Weights(engine.model_path, "cuda" if engine.info["device"] == "cuda" else "cpu")
 
 
 @pytest.fixture(params=["its own", "ipc"])
@@ -81,7 +81,8 @@ def transport(engine: Engine, request: pytest.FixtureRequest) -> Transport:
         engine.weights_dir.mkdir(mode=0o700, exist_ok=True)
         return SharedMemoryTransport(engine.weights_dir)
     if request.param == "ipc":  # without a GPU a handle carries the bytes
-        return IpcTransport(lambda engine: [0], share=lambda buffer, index: buffer.__reduce_ex__(2))
+        is_on_gpu = engine.info["device"] == "cuda"
+        return IpcTransport(lambda engine: [0], share=None if is_on_gpu else lambda buffer, _: buffer.__reduce_ex__(2))
     return DistributedTransport(backend="gloo", master_address="127.0.0.1", free_port=free_port, timeout_s=60)
 
 
