@@ -6,7 +6,7 @@ import shutil
 import threading
 import time
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -43,6 +43,11 @@ _NOTICE_S = 10.0  # in which a death that a failed call hints at shows
 _POLL_S = 0.5
 _MEMORY = ("weights", "kv_cache", "cuda_graph")
 _ROUTER = "router"
+_SCHEDULER_PATIENCE = 4.0  # it answers between two steps of its model, or after a bucket of weights
+
+
+def _scheduler(name: str) -> str:
+    return f"scheduler of {name}"
 
 
 @dataclass
@@ -88,6 +93,7 @@ class Engines:
         self._router: ServerProcess | None = None
         self._router_url = ""
         self._router_silence: str | None = None
+        self._is_serving = False
         self._lock = threading.RLock()
         self._starting: dict[str, Any] = {}
 
@@ -134,7 +140,29 @@ class Engines:
                 str(spec.weights_dir),
                 spec.index * spec.num_devices,
             )
-            self._health.watch(slot.name, f"{spec.url}/health", partial(self._give_up_engine, slot))
+            self._watch_health(slot)
+
+    def _watch_health(self, slot: _Slot) -> None:
+        give_up = partial(self._give_up_engine, slot)
+        self._health.watch(slot.name, f"{slot.spec.url}/health", give_up)
+        if self._args.rollout_engine == "sglang":
+            # /health comes from SGLang's front process, however its scheduler is; this answer comes from the scheduler.
+            self._health.watch(
+                _scheduler(slot.name),
+                f"{slot.spec.url}/server_info",
+                give_up,
+                patience=_SCHEDULER_PATIENCE,
+                when=lambda: self._is_serving,
+            )
+
+    @contextlib.contextmanager
+    def serving(self) -> Iterator[None]:
+        """Inside, engines have to generate: a scheduler's silence is no work on weights or memory."""
+        self._is_serving = True
+        try:
+            yield
+        finally:
+            self._is_serving = False
 
     def admit(self) -> None:
         """Let the router send requests to every engine that serves and that it does not know yet."""
@@ -184,6 +212,8 @@ class Engines:
     def _give_up_engine(self, slot: _Slot, reason: str) -> None:
         """It is silent: end it, so that whoever waits for it hears of it."""
         assert slot.record is not None
+        if slot.death is not None:
+            return
         with contextlib.suppress(RayError):
             tail = ray.get(slot.actor.log_tail.remote(), timeout=_ASK_TIMEOUT_S)
             slot.death = f"{slot.name} ({slot.record.url}) {reason} and was killed.\nLast lines of its log:\n{tail}"
@@ -191,6 +221,7 @@ class Engines:
 
     def _withdraw(self, slot: _Slot) -> None:
         self._health.forget(slot.name)
+        self._health.forget(_scheduler(slot.name))
         if slot.record is None or not slot.is_admitted:
             return
         slot.is_admitted = False

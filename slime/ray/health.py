@@ -5,9 +5,12 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 import httpx
+
+from slime.utils.api_key import api_key, key_header
 
 logger = logging.getLogger(__name__)
 
@@ -30,13 +33,23 @@ class HealthMonitor:
         self._thread = threading.Thread(target=self._loop.run_forever, name="health", daemon=True)
         self._thread.start()
 
-    def watch(self, name: str, url: str, give_up: Callable[[str], None]) -> None:
+    def watch(
+        self,
+        name: str,
+        url: str,
+        give_up: Callable[[str], None],
+        *,
+        patience: float = 1.0,
+        when: Callable[[], bool] = lambda: True,
+    ) -> None:
         """Begin to check a server; `give_up` is called once, with the reason, from the monitor's thread.
 
         Args:
             url: answers 200 while the server is well.
+            patience: multiplies the silence after which it is given up.
+            when: whether silence means anything now; asked before each check.
         """
-        self._loop.call_soon_threadsafe(self._start, name, url, give_up)
+        self._loop.call_soon_threadsafe(self._start, name, self._check(name, url, give_up, patience, when))
 
     def forget(self, name: str) -> None:
         """Check it no more."""
@@ -48,9 +61,9 @@ class HealthMonitor:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=10)
 
-    def _start(self, name: str, url: str, give_up: Callable[[str], None]) -> None:
+    def _start(self, name: str, check: Coroutine[Any, Any, None]) -> None:
         self._cancel(name)
-        self._tasks[name] = self._loop.create_task(self._check(name, url, give_up))
+        self._tasks[name] = self._loop.create_task(check)
 
     def _cancel(self, name: str) -> None:
         if (task := self._tasks.pop(name, None)) is not None:
@@ -62,20 +75,24 @@ class HealthMonitor:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _check(self, name: str, url: str, give_up: Callable[[str], None]) -> None:
+    async def _check(
+        self, name: str, url: str, give_up: Callable[[str], None], patience: float, when: Callable[[], bool]
+    ) -> None:
         await asyncio.sleep(self._first_wait_s)
         silent_since_s: float | None = None
-        async with httpx.AsyncClient(timeout=self._timeout_s / 2, trust_env=False) as client:
+        timeout_s = self._timeout_s * patience
+        async with httpx.AsyncClient(timeout=timeout_s / 2, headers=key_header(api_key()), trust_env=False) as client:
             while True:
                 asked_s = time.monotonic()
-                answer = await _ask(client, url)
+                answer = await _ask(client, url) if when() else None
+                answer = answer if when() else None
                 if answer is None:
                     silent_since_s = None
                     await asyncio.sleep(self._interval_s)
                     continue
                 silent_since_s = asked_s if silent_since_s is None else silent_since_s
                 silence_s = time.monotonic() - silent_since_s
-                if silence_s >= self._timeout_s:
+                if silence_s >= timeout_s:
                     reason = f"did not answer {url} for {silence_s:.0f} s ({answer})"
                     logger.warning("%s %s and is given up", name, reason)
                     with contextlib.suppress(asyncio.CancelledError):

@@ -5,7 +5,7 @@ import os
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import ray
@@ -125,9 +125,10 @@ class RolloutController(Pulse):
         if self.args.debug_train_only:
             return
         hook_id = max(rollout_id, 0)
-        output: RolloutFnEvalOutput = call_rollout_fn(
-            self._eval_rollout, self.args, hook_id, self.data_source, evaluation=True
-        )
+        with self._serving():
+            output: RolloutFnEvalOutput = call_rollout_fn(
+                self._eval_rollout, self.args, hook_id, self.data_source, evaluation=True
+            )
         samples = [sample for task in output.data.values() for sample in task.get("samples") or []]
         if template := self.args.save_debug_rollout_data:
             debug_dumps.save_debug_rollout_data(template, rollout_id, samples, evaluation=True)
@@ -206,14 +207,18 @@ class RolloutController(Pulse):
         if self.args.save is not None and hasattr(self.data_source, "freeze"):
             self.data_source.freeze()
 
+    def _serving(self) -> AbstractContextManager[None]:
+        return self._engines.serving() if self._engines is not None else nullcontext()
+
     def _samples(self, rollout_id: int) -> list[Sample]:
         if (template := self.args.load_debug_rollout_data) is not None:
             share = self.args.load_debug_rollout_data_subsample
             return debug_dumps.load_debug_rollout_data(template, rollout_id, subsample=share)
         started = time.perf_counter()
-        output: RolloutFnTrainOutput = call_rollout_fn(
-            self._generate_rollout, self.args, rollout_id, self.data_source, evaluation=False
-        )
+        with self._serving():
+            output: RolloutFnTrainOutput = call_rollout_fn(
+                self._generate_rollout, self.args, rollout_id, self.data_source, evaluation=False
+            )
         validate_rollout_id_annotated(output.samples)
         samples = flatten_samples(output.samples)
         self._ledger = take_ledger_line(self.data_source, rollout_id, output)

@@ -47,20 +47,22 @@ def _transport(args: Namespace, engines: Sequence[EngineRecord], rank: int) -> T
     if args.colocate and args.device == "cuda":
         return _ipc_transport(engines, rank)
     host = "127.0.0.1" if args.device == "cpu" else ray.util.get_node_ip_address()
+    # By name: an engine that was started again has another address.
+    num_ranks = {engine.name: engine.num_devices for engine in engines}
     return DistributedTransport(
         backend="nccl" if args.device == "cuda" else "gloo",
         master_address=host,
         free_port=lambda: free_port(host),
-        num_ranks=lambda engine: next(record.num_devices for record in engines if record.url == engine.url),
+        num_ranks=lambda engine: num_ranks[engine.name],
         device=args.device,
     )
 
 
 def _ipc_transport(engines: Sequence[EngineRecord], rank: int) -> IpcTransport:
     """Trainer rank r computes on the r-th of the shared devices, and engines take theirs in the same order."""
-    places = {engine.url: range(engine.first_device, engine.first_device + engine.num_devices) for engine in engines}
+    places = {engine.name: range(engine.first_device, engine.first_device + engine.num_devices) for engine in engines}
     own = next((devices for devices in places.values() if rank in devices), None)
-    return IpcTransport(lambda engine: places[engine.url], device_index=None if own is None else rank - own.start)
+    return IpcTransport(lambda engine: places[engine.name], device_index=None if own is None else rank - own.start)
 
 
 def _expected_digests(args: Namespace, engines: Sequence[EngineRecord]) -> Callable[[], ExpectedDigests]:

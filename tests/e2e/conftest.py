@@ -68,6 +68,15 @@ def train(repository: Path, tmp_path: Path) -> Train:
 
 
 @pytest.fixture(scope="session")
+def stock_python(repository: Path) -> Path:
+    """An interpreter that has stock SGLang: the environment's, or what scripts/sglang_cpu/setup.sh makes."""
+    folder = Path(os.environ.get("SLIME_SGLANG_VENV", repository / ".venv-sglang"))
+    python = Path(os.environ.get("SLIME_SGLANG_PYTHON", folder / "bin" / "python"))
+    assert python.exists(), f"no stock SGLang at {python}: run `bash scripts/sglang_cpu/setup.sh` first"
+    return python
+
+
+@pytest.fixture(scope="session")
 def quickstart_data(repository: Path) -> Path:
     """The quick start's model and prompts; kept in the checkout's .cache, so made once."""
     folder = repository / ".cache" / "quickstart"

@@ -1,6 +1,5 @@
 """The whole stack with stock SGLang servers, which run without a GPU in an environment of their own."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -12,22 +11,13 @@ from .conftest import Train
 pytestmark = pytest.mark.sglang
 
 
-@pytest.fixture
-def sglang_python(repository: Path) -> Path:
-    """The interpreter of the environment that scripts/sglang_cpu/setup.sh makes."""
-    folder = Path(os.environ.get("SLIME_SGLANG_VENV", repository / ".venv-sglang"))
-    python = folder / "bin" / "python"
-    assert python.exists(), f"no stock SGLang in {folder}: run `bash scripts/sglang_cpu/setup.sh` first"
-    return python
-
-
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("transport", ["nccl", "disk"])
 def test_two_steps_on_a_stock_server(
-    train: Train, sglang_python: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, transport: str
+    train: Train, stock_python: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, transport: str
 ) -> None:
     """Weights travel over gloo (or files), and each version is proved by the server's own checksums."""
-    monkeypatch.setenv("SLIME_SGLANG_PYTHON", str(sglang_python))
+    monkeypatch.setenv("SLIME_SGLANG_PYTHON", str(stock_python))
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(f'{{"prompt": "{a} + {a} =", "label": "{2 * a}"}}\n' for a in range(8)))
     model = save_tiny_model(tmp_path / "llama")
