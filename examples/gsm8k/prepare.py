@@ -26,7 +26,7 @@ def row(source: dict[str, str]) -> dict[str, str]:
     Raises:
         ValueError: the answer does not end in a line `#### number`.
     """
-    head, mark, number = source["answer"].rpartition(_MARK)
+    _, mark, number = source["answer"].rpartition(_MARK)
     if not mark or "\n" in number.strip():
         raise ValueError(f"this row's answer does not end in a line '{_MARK}number': {source['answer'][-80:]!r}")
     return {"prompt": source["question"] + INSTRUCTION, "label": number.strip().replace(",", "")}

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import orjson
+
 from slime.observability.rollout_metrics import flatten_samples
 from slime.observability.run_files import SAMPLES_DIR
 from slime.utils.types import Sample
@@ -94,12 +96,20 @@ def _write(run_dir: Path | str, stem: str, samples: Iterable[Sample], tokenizer:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{stem}.jsonl"
     partial = path.with_suffix(".partial")
-    with partial.open("w", encoding="utf-8") as lines:
+    with partial.open("wb") as lines:
         for sample in samples:
-            row = _finite(sample_row(sample, tokenizer))
-            lines.write(json.dumps(row, ensure_ascii=False, allow_nan=False, default=repr) + "\n")
+            lines.write(_line(sample_row(sample, tokenizer)))
     partial.replace(path)
     return path
+
+
+def _line(row: dict[str, Any]) -> bytes:
+    """The row as JSON, with null for numbers that JSON does not have."""
+    try:
+        return orjson.dumps(row, default=repr, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_NON_STR_KEYS)
+    except TypeError:  # a very large integer, or half of a surrogate pair, which the slower way writes
+        text = json.dumps(_finite(row), ensure_ascii=False, allow_nan=False, default=repr) + "\n"
+        return text.encode("utf-8", errors="backslashreplace")
 
 
 def _finite(value: Any) -> Any:

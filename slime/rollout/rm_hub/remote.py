@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 
+from slime.utils.http_utils import pooled_client
 from slime.utils.types import Sample
 
 logger = logging.getLogger(__name__)
@@ -84,6 +85,5 @@ def _client() -> httpx.AsyncClient:
     loop = asyncio.get_running_loop()
     client = _clients.get(loop)
     if client is None:
-        limits = httpx.Limits(max_connections=MAX_CONNECTIONS)
-        client = _clients[loop] = httpx.AsyncClient(timeout=ATTEMPT_TIMEOUT_S, limits=limits, trust_env=False)
+        client = _clients[loop] = pooled_client(MAX_CONNECTIONS, ATTEMPT_TIMEOUT_S)
     return client
