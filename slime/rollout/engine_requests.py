@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from slime.rollout.sampling import session_id
+from slime.utils.direct_requests import ROUTING_KEY
 from slime.utils.processing_utils import build_processor_kwargs, encode_image_for_rollout_engine
 from slime.utils.types import Sample
 
@@ -90,7 +91,7 @@ def _routing_headers(args: Namespace, sample: Sample) -> dict[str, str] | None:
         return None
     if sample.session_id is None:
         sample.session_id = session_id(args, sample)
-    return {"X-SMG-Routing-Key": sample.session_id}
+    return {ROUTING_KEY: sample.session_id}
 
 
 def take_reply(args: Namespace, sample: Sample, reply: Any) -> None:

@@ -13,6 +13,7 @@ import time
 import weakref
 from argparse import Namespace
 from collections.abc import AsyncGenerator
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,11 +22,14 @@ import orjson
 from httpx_aiohttp import AiohttpTransport
 
 from slime.utils.api_key import headers_for, is_own_server
+from slime.utils.direct_requests import ROUTING_KEY, DirectRequests
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_RETRIES = 60
 RETRY_INTERVAL_S = 1.0
+OWN_ERRORS = 10
+"""How often one request may be answered by 500 from an engine that was reached: it would fail there each time."""
 CONNECT_TIMEOUT_S = 30.0
 _KEEPALIVE_S = 3.0  # less than the five seconds after which uvicorn closes an idle connection, maybe under a request
 _WARNING_INTERVAL_S = 10.0
@@ -46,6 +50,7 @@ class _Settings:
 
 
 _settings = _Settings()
+_direct = DirectRequests()
 _http_client: httpx.AsyncClient | None = None
 """When set, every loop uses this client: the seam where tests put an `httpx.MockTransport`."""
 _clients: "weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, httpx.AsyncClient]" = weakref.WeakKeyDictionary()
@@ -67,7 +72,9 @@ def init_http_client(args: Namespace) -> None:
     routers = dict(getattr(args, "sglang_model_routers", None) or {})
     if host := getattr(args, "sglang_router_ip", None):
         routers[""] = (host, args.sglang_router_port)
-    is_own_server(*(f"http://{_wrap_ipv6(host)}:{port}" for host, port in routers.values()))
+    urls = [f"http://{_wrap_ipv6(host)}:{port}" for host, port in routers.values()]
+    is_own_server(*urls)
+    _direct.know_routers(urls)
 
 
 def get_rollout_num_engines(args: Namespace) -> int:
@@ -91,7 +98,10 @@ async def post(
 
     A connection that fails and the statuses 429 and 5xx are tried again after a second, with the same payload, up to
     `max_retries` times; by default, with --use-fault-tolerance, until the deadline: a dead server is being replaced.
-    Nothing else retries: the router's own retries are off. Any other status of 400 and above is raised at once.
+    Nothing else retries: the router's own retries are off. Any other status of 400 and above is raised at once, and
+    after `OWN_ERRORS` attempts a 500 that comes from an engine itself.
+
+    A request to the run's router with fields that the router would drop goes to one of its engines directly.
 
     Args:
         timeout_s: deadline over all attempts, by default `--sglang-router-request-timeout-secs`.
@@ -118,10 +128,10 @@ async def stream_post(
     """
     deadline_s = _settings.deadline_s if timeout_s is None else timeout_s
     try:
-        async with (
-            asyncio.timeout(deadline_s),
-            _client().stream("POST", url, json=payload, headers=headers_for(url, headers)) as reply,
-        ):
+        async with asyncio.timeout(deadline_s), AsyncExitStack() as stack:
+            url = await _target(url, payload, headers, stack)
+            stream = _client().stream("POST", url, json=payload, headers=headers_for(url, headers))
+            reply = await stack.enter_async_context(stream)
             if reply.status_code >= 400:
                 await reply.aread()
                 raise _status_error("POST", url, reply)
@@ -142,6 +152,7 @@ async def _request(
     deadline_s = _settings.deadline_s if timeout_s is None else timeout_s
     retries = math.inf if _settings.outlives_restarts and max_retries == DEFAULT_RETRIES else max_retries
     failures: list[Exception] = []
+    own_errors = 0
     try:
         async with asyncio.timeout(deadline_s):
             while True:
@@ -151,7 +162,8 @@ async def _request(
                     if isinstance(error, httpx.HTTPStatusError) and not _is_retried(error.response.status_code):
                         raise
                     failures.append(error)
-                    if len(failures) > retries:
+                    own_errors += _is_an_engines_own(error)
+                    if len(failures) > retries or own_errors > OWN_ERRORS:
                         raise _after_retries(error, method, url, len(failures)) from error
                     _log_retry(method, url, error, len(failures), retries)
                 await asyncio.sleep(RETRY_INTERVAL_S)
@@ -164,9 +176,16 @@ async def _request(
 
 
 async def _attempt(method: str, url: str, payload: Any, headers: dict[str, str] | None) -> Any:
-    reply = await _client().request(method, url, json=payload, headers=headers_for(url, headers))
+    async with AsyncExitStack() as stack:
+        target = await _target(url, payload, headers, stack)
+        try:
+            reply = await _client().request(method, target, json=payload, headers=headers_for(target, headers))
+        except httpx.TransportError:
+            if target != url:
+                _direct.forget(url)
+            raise
     if reply.status_code >= 400:
-        raise _status_error(method, url, reply)
+        raise _status_error(method, target, reply)
     try:
         return orjson.loads(reply.content)
     except orjson.JSONDecodeError:
@@ -175,6 +194,34 @@ async def _attempt(method: str, url: str, payload: Any, headers: dict[str, str] 
         return reply.json()  # takes NaN too
     except ValueError:
         return reply.text
+
+
+async def _target(url: str, payload: Any, headers: dict[str, str] | None, stack: AsyncExitStack) -> str:
+    """Where this attempt goes: `url`, or an engine behind it, whose requests are counted until `stack` closes."""
+    dropped = _direct.concerns(url, payload)
+    if not dropped:
+        return url
+    target = await _direct.choose(url, dropped, (headers or {}).get(ROUTING_KEY), _list_of_engines)
+    stack.enter_context(_direct.counted(target))
+    return target
+
+
+async def _list_of_engines(url: str) -> Any:
+    reply = await _client().request("GET", url, headers=headers_for(url, None))
+    if reply.status_code >= 400:
+        raise _status_error("GET", url, reply)
+    return reply.json()
+
+
+def _is_an_engines_own(error: Exception) -> bool:
+    """Whether an engine failed at the request itself; a router that does not reach an engine says so with a code."""
+    if not isinstance(error, httpx.HTTPStatusError) or error.response.status_code != 500:
+        return False
+    try:
+        said = error.response.json()
+    except ValueError:
+        return True
+    return not (isinstance(said, dict) and isinstance(said.get("error"), dict) and "code" in said["error"])
 
 
 def _is_retried(status: int) -> bool:

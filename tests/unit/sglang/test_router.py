@@ -7,6 +7,8 @@ import httpx
 import pytest
 
 from slime.backends.sglang.router import RouterClient, router_command
+from slime.utils import http_utils
+from slime.utils.direct_requests import KEPT_FIELDS, KEPT_SAMPLING_FIELDS, dropped_fields
 from slime.utils.processes import ServerProcess, free_port
 from slime.weight_sync.base import EngineError
 
@@ -121,3 +123,77 @@ def test_a_router_that_is_not_there_is_an_error_that_names_it():
     url = f"http://{HOST}:{free_port()}"
     with pytest.raises(EngineError, match=rf"The router \({url}\) was asked GET /workers: no answer"):
         RouterClient(url).workers()
+
+
+# A value of the right type for every field of `/generate` that slime or a plug-in may send.
+FIELDS = {
+    **dict.fromkeys(KEPT_FIELDS - {"sampling_params"}, "x"),
+    **dict.fromkeys(("return_logprob", "return_text_in_logprobs", "log_metrics", "return_hidden_states"), True),
+    **dict.fromkeys(("background", "no_logs", "return_bytes", "return_entropy"), True),
+    **dict.fromkeys(("logprob_start_len", "top_logprobs_num", "data_parallel_rank", "priority", "bootstrap_port"), 3),
+    "input_ids": [1, 2],
+    "token_ids_logprob": [1],
+    "input_embeds": [[1.5]],
+    "session_params": {"id": "s"},
+    "bootstrap_room": 3,
+    "stream": False,
+    **dict.fromkeys(("return_routed_experts", "return_sampling_mask", "return_prompt_token_ids"), True),
+    "session_id": "s",
+    "cache_salt": "c",
+    "routing_key": "k",
+    "max_thinking_tokens": 3,
+    "routed_dp_rank": 0,
+}
+SAMPLING_FIELDS = {
+    **dict.fromkeys(("temperature", "top_p", "min_p", "frequency_penalty", "presence_penalty"), 0.5),
+    **dict.fromkeys(("min_new_tokens", "max_new_tokens", "n", "top_k", "sampling_seed"), 3),
+    **dict.fromkeys(("json_schema", "regex", "ebnf", "stop_regex", "structural_tag"), "x"),
+    "repetition_penalty": 1.5,
+    "stop": ["a"],
+    "stop_token_ids": [1],
+    "stream_interval": 2,
+    "logit_bias": {"5": 1.0},
+    "ignore_eos": True,
+    "skip_special_tokens": False,
+    "no_stop_trim": True,
+    "custom_params": {"a": 1},
+}
+
+
+def test_what_the_router_drops_is_known_field_by_field(router, worker):
+    """A field more that the router keeps would go round it for nothing; one less would be lost without a word."""
+    client = RouterClient(router)
+    client.add_worker(worker.url, timeout_s=30)
+    requests = [{"input_ids": [1], "sampling_params": {}} | {name: value} for name, value in FIELDS.items()]
+    requests += [{"input_ids": [1], "sampling_params": {name: value}} for name, value in SAMPLING_FIELDS.items()]
+    for request in requests:
+        assert httpx.post(f"{router}/generate", json=request, trust_env=False).status_code == 200, request
+    arrived = [payload for _, path, payload in worker.asked if path == "/generate"]
+    lost = {
+        field
+        for sent, seen in zip(requests, arrived, strict=True)
+        for field in [
+            *(name for name in sent if seen.get(name) != sent[name] and name != "sampling_params"),
+            *(
+                f"sampling_params.{k}"
+                for k, v in sent["sampling_params"].items()
+                if seen["sampling_params"].get(k) != v
+            ),
+        ]
+    }
+    client.remove_worker(worker.url)
+    assert lost == {field for request in requests for field in dropped_fields(request)}
+    assert FIELDS.keys() >= KEPT_FIELDS - {"sampling_params"} and SAMPLING_FIELDS.keys() >= KEPT_SAMPLING_FIELDS
+
+
+async def test_a_request_that_the_router_would_maim_reaches_the_engine_whole(router, worker, monkeypatch):
+    client = RouterClient(router)
+    client.add_worker(worker.url, timeout_s=30)
+    host, port = router.removeprefix("http://").split(":")
+    monkeypatch.setattr(http_utils, "_direct", http_utils.DirectRequests())
+    http_utils._direct.know_routers([router])
+    request = {"input_ids": [1], "sampling_params": {"logit_bias": {"5": 1.0}}, "return_routed_experts": True}
+    reply = await http_utils.post(f"http://{host}:{port}/generate", request)
+    client.remove_worker(worker.url)
+    assert reply["text"] == "routed"
+    assert [payload for _, path, payload in worker.asked if path == "/generate"] == [request]
