@@ -243,6 +243,7 @@ def profiled(*functions: Callable[[], Any]) -> dict[str, tuple[float, int]]:
             function()
         torch.cuda.synchronize()
     groups: dict[str, tuple[float, int]] = {}
+    spans: list[tuple[float, float]] = []
     for event in profiler.events():
         if event.device_type == DeviceType.CUDA and not event.name.startswith(("gpu_user_annotation", "ProfilerStep")):
             if getattr(event, "is_user_annotation", False):
@@ -250,7 +251,22 @@ def profiled(*functions: Callable[[], Any]) -> dict[str, tuple[float, int]]:
             name = group_of(event.name)
             milliseconds, count = groups.get(name, (0.0, 0))
             groups[name] = (milliseconds + event.time_range.elapsed_us() / 1e3, count + 1)
+            spans.append((event.time_range.start, event.time_range.end))
+    for gap, at in idle(spans)[:3]:
+        groups[f"nothing, from {at / 1e3:.1f} ms on"] = (gap / 1e3, 1)
+    groups["nothing, in all"] = (sum(gap for gap, _ in idle(spans)) / 1e3, len(idle(spans)))
     return groups
+
+
+def idle(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Microseconds in which no kernel runs, and when they begin after the first kernel; the longest first."""
+    gaps, begin = [], min((start for start, _ in spans), default=0.0)
+    end = begin
+    for start, stop in sorted(spans):
+        if start > end:
+            gaps.append((start - end, end - begin))
+        end = max(end, stop)
+    return sorted(gaps, reverse=True)
 
 
 def group_of(kernel: str) -> str:
@@ -365,9 +381,9 @@ def print_tables(results: Sequence[Figures], works: Sequence[Workload], shape: d
     """Kernel groups of each profiled way, then one line a way and workload."""
     for figures in results:
         if figures.groups:
-            total = sum(milliseconds for milliseconds, _ in figures.groups.values())
+            total = sum(time for name, (time, _) in figures.groups.items() if not name.startswith("nothing"))
             print(f"\nkernels of {figures.way}, {figures.workload}: {total:.1f} ms on the device")
-            largest = sorted(figures.groups.items(), key=lambda item: -item[1][0])[:15]
+            largest = sorted(figures.groups.items(), key=lambda item: -item[1][0])[:22]
             for name, (milliseconds, count) in largest:
                 print(f"  {milliseconds:8.2f} ms {count:6d} x  {name}")
     print(f"\nrepeats as given; share of {PEAK_TFLOPS:.0f} TFLOP/s; ratio to transformers in this run")
@@ -395,7 +411,7 @@ def print_tables(results: Sequence[Figures], works: Sequence[Workload], shape: d
 def main() -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--profile", action="store_true", help="the 15 largest groups of kernels of each way")
+    parser.add_argument("--profile", action="store_true", help="the largest groups of kernels of each way")
     parser.add_argument("--no-attention", action="store_true", help="only whole steps")
     parser.add_argument("--no-steps", action="store_true", help="only attention")
     parser.add_argument("--only", nargs="*", default=[], help="words of the ways to measure")

@@ -49,7 +49,7 @@ def micro_batch_record(metrics: Mapping[str, Tensor], num_tokens: Tensor | int =
             seen = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"The metric {name!r} of a loss must be a 0-dim tensor, got {seen}.")
     device = next((value.device for value in metrics.values()), torch.device("cpu"))
-    count = torch.as_tensor(num_tokens, device=device)
+    count = num_tokens if isinstance(num_tokens, Tensor) else torch.full((), num_tokens, device=device)
     values = torch.stack([v.detach().to(device=device, dtype=torch.float64) for v in (count, *metrics.values())])
     return {"keys": list(metrics), "values": values}
 
@@ -79,7 +79,7 @@ def reduce_train_step_metrics(
     totals = torch.stack([record["values"] for record in losses_reduced]).sum(dim=0)
     if dp_with_cp_group is not None:
         dist.all_reduce(totals, group=dp_with_cp_group)
-    num_tokens, *values = (float(total) for total in totals)
+    num_tokens, *values = totals.tolist()
     divisor = num_tokens / cp_size if calculate_per_token_loss else float(step_global_batch_size)
     return {key: value / divisor for key, value in zip(keys, values, strict=True)}
 

@@ -94,7 +94,7 @@ def no_megatron_flag_is_ignored(args: Namespace) -> None:
     problems = Problems()
     own = {flag.dest for flag in slime_flags()}
     fusions = {dest for dest in FUSIONS if not dest.startswith("moe_")}
-    noted = fusions | {"transformer_impl"} if args.plan.device.value == "cpu" else set()  # the plan's notes say so
+    noted = fusions | {"transformer_impl"}  # the plan's notes say so
     seen = own | UNBUILT.keys() | _OBEYED | noted
     for flag in table("megatron"):
         if flag.dest in seen or flag.dest not in args.plan.given:

@@ -18,7 +18,7 @@ FUSIONS = (
     "moe_router_fusion",
     "cross_entropy_loss_fusion",
 )
-"""Kernels that need CUDA, Apex or Transformer Engine."""
+"""Megatron's own fused kernels, which need Apex or Transformer Engine, or save what slime's kernels save already."""
 
 
 def megatron_fields(args: Namespace) -> dict[str, Any]:
@@ -81,24 +81,29 @@ def forced_values(
         values["rope_scaling_factor"] = megatron["rotary_scaling_factor"]
     values |= {dest: 0.0 for dest in ("hidden_dropout", "attention_dropout") if dest not in given | set(shape)}
     notes: list[str] = []
-    if placement.device == "cpu":
-        cpu, notes = _on_cpu(config)
-        values |= cpu
-    elif "transformer_impl" in given and megatron.get("transformer_impl") != "local":
-        notes = [f"--transformer-impl {megatron['transformer_impl']}: layers are Megatron's local ones"]
+    values |= _own_kernels(placement.device)
+    notes += _notes_on_kernels(config, placement.device)
     if megatron.get("sequence_parallel") and tensor == 1:
         notes.append("--sequence-parallel has no effect with --tensor-model-parallel-size 1")
     return values, notes
 
 
-def _on_cpu(config: Config) -> tuple[dict[str, Any], list[str]]:
-    """Everything that needs a GPU is off; what was asked for by name is noted."""
-    values: dict[str, Any] = dict.fromkeys(FUSIONS, False) | {"transformer_impl": "local"}
+def _own_kernels(device: str) -> dict[str, Any]:
+    """Layers are Megatron's local ones, with slime's kernels in them on every device."""
+    fusions = [name for name in FUSIONS if device == "cpu" or not name.startswith("moe_")]
+    return dict.fromkeys(fusions, False) | {"transformer_impl": "local"}
+
+
+def _notes_on_kernels(config: Config, device: str) -> list[str]:
+    """What was asked for by name and is done otherwise."""
     asked = [name for name in FUSIONS if name in config.given and config.megatron.get(name)]
     flags = ["--" + name.replace("_", "-") for name in asked]
     if "transformer_impl" in config.given and config.megatron["transformer_impl"] != "local":
-        flags.append("--transformer-impl")
-    return values, [f"{', '.join(flags)}: for GPUs only, off on the CPU"] if flags else []
+        flags.append(f"--transformer-impl {config.megatron['transformer_impl']}")
+    if not flags:
+        return []
+    on_gpu = "layers are Megatron's local ones with slime's kernels, which the log names"
+    return [f"{', '.join(flags)}: {'for GPUs only, off on the CPU' if device == 'cpu' else on_gpu}"]
 
 
 def _padded_vocabulary(config: Config, known: dict[str, Any], tensor: int) -> int | None:

@@ -62,8 +62,9 @@ def _flat_weights(
     if denominators is None:
         denominators = torch.stack([mask.sum() for mask in loss_masks])
     denoms = torch.as_tensor(denominators, dtype=torch.float64, device=weights.device).clamp(min=1)
-    lengths = torch.tensor([mask.numel() for mask in loss_masks], device=weights.device)
-    return weights / denoms.repeat_interleave(lengths, output_size=weights.numel())
+    # no index by lengths: they would have to reach the device, and it would be waited for
+    spread = [denom.expand(mask.numel()) for denom, mask in zip(denoms, loss_masks, strict=True)]
+    return weights / torch.cat(spread)
 
 
 def count_trained_tokens(loss_masks: Sequence[Tensor]) -> Tensor:
@@ -112,4 +113,4 @@ def scale_for_megatron(
     if calculate_per_token_loss:
         return ScaledLoss(loss * cp_size, num_tokens.to(device=loss.device, dtype=torch.int))
     scaled = loss * (num_microbatches * dp_with_cp_size / step_global_batch_size)
-    return ScaledLoss(scaled, torch.tensor(1, dtype=torch.int, device=loss.device))
+    return ScaledLoss(scaled, torch.ones((), dtype=torch.int, device=loss.device))

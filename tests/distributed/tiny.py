@@ -72,7 +72,7 @@ _MEGATRON_FIELDS = (
     "use_distributed_optimizer", "calculate_per_token_loss", "tensor_model_parallel_size", "sequence_parallel",
     "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size", "overlap_grad_reduce",
     "overlap_param_gather", "recompute_granularity", "recompute_method", "recompute_num_layers", "deterministic_mode",
-    "microbatch_group_size_per_vp_stage",
+    "microbatch_group_size_per_vp_stage", "recompute_modules",
 )  # fmt: skip
 """Attributes that are fields of Megatron's dataclasses: what `parse_args` records in `megatron_field_dests`."""
 
@@ -83,7 +83,7 @@ _OTHERS = {
     "check_for_nan_in_loss_and_grad", "finetune", "no_load_optim", "no_save_optim", "start_rollout_id",
     "recompute_granularity", "recompute_method", "recompute_num_layers", "virtual_pipeline_model_parallel_size",
     "data_pad_size_multiplier", "no_load_rng", "deterministic_mode", "microbatch_group_size_per_vp_stage",
-    "ddp_bucket_size",
+    "ddp_bucket_size", "recompute_modules",
     "async_save", "keep_last", "ckpt_step", "ref_ckpt_step", "allow_pickle_checkpoints",
     "use_checkpoint_opt_param_scheduler", "lr_decay_iters",
 }  # fmt: skip

@@ -269,53 +269,8 @@ def _cudnn_frontend() -> Attention:
     return attend
 
 
-# --- cuDNN through torch ---------------------------------------------------------------------------------------------
-
-
-class _CudnnOfTorch(torch.autograd.Function):
-    """Aligned at the top left: only where each sequence has as many keys as queries."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, query_boundaries: Tensor, key_boundaries: Tensor,
-        longest_query: int, longest_key: int, scale: float,
-    ) -> Tensor:  # fmt: skip
-        query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-        out, log_sums, _, _, _, _, seed, offset, _ = torch.ops.aten._cudnn_attention_forward(
-            query, key, value, None, query_boundaries, key_boundaries, longest_query, longest_key, True, 0.0, True,
-            False, scale=scale,
-        )  # fmt: skip
-        ctx.save_for_backward(query, key, value, out, log_sums, seed, offset, query_boundaries, key_boundaries)
-        ctx.longest, ctx.scale = (longest_query, longest_key), scale
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, out, log_sums, seed, offset, query_boundaries, key_boundaries = ctx.saved_tensors
-        no_bias = torch.empty(0, device=query.device)
-        gradients = torch.ops.aten._cudnn_attention_backward(
-            grad.contiguous(), query, key, value, out, log_sums, seed, offset, no_bias, query_boundaries,
-            key_boundaries, *ctx.longest, 0.0, True, scale=ctx.scale,
-        )  # fmt: skip
-        return *gradients, None, None, None, None, None
-
-
-def _cudnn_of_torch() -> Attention:
-    def attend(
-        query: Tensor, key: Tensor, value: Tensor, query_boundaries: Tensor, key_boundaries: Tensor,
-        longest_query: int, longest_key: int, scale: float,
-    ) -> Tensor:  # fmt: skip
-        out: Tensor = _CudnnOfTorch.apply(
-            query, key, value, query_boundaries, key_boundaries, longest_query, longest_key, scale
-        )
-        return out
-
-    return attend
-
-
 ATTENTIONS: dict[str, Callable[[], Attention]] = {
     "torch varlen": _torch_varlen,
     "cuDNN front end": _cudnn_frontend,
-    "cuDNN of torch": _cudnn_of_torch,
 }
 """Name -> what makes the function."""

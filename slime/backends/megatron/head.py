@@ -8,6 +8,7 @@ pass writes the softmax of K rows over their logits, in the dtype of the paramet
 gradient of the logits over that. Rows beyond the budget are computed again, chunk by chunk.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,15 @@ DEFAULT_CHUNK_ROWS = 512
 DEFAULT_KEEP_BYTES = 1 << 30
 _CPU_BLOCK_BYTES = 4 << 20
 """Pointwise work on a CPU goes through blocks of rows that stay in its cache."""
+
+
+@functools.cache
+def default_keep_bytes(device: torch.device) -> int:
+    """How much softmax (logits on a GPU) a training pass keeps: on a GPU a twenty-fourth of its memory, which holds
+    16,384 rows of a vocabulary of 150,000 on an H200."""
+    if device.type == "cpu":
+        return DEFAULT_KEEP_BYTES
+    return int(torch.cuda.get_device_properties(device).total_memory // 24)
 
 
 @dataclass(frozen=True)

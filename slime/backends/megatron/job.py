@@ -59,6 +59,8 @@ class TrainingJob:
         family = family_of(config)
         shape = family.shape_of(config)
         self.models = build_models(args, shape)
+        if rank == 0:
+            logger.info("Layers are Megatron's local ones; %s.", unwrap(self.models[0]).kernels.name)
         self.optimizer = optimizers.build_optimizer(args, self.models)
         self.scheduler = optimizers.build_scheduler(args, self.optimizer)
         self._tell_schedules()

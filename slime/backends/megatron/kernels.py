@@ -36,6 +36,7 @@ class Kernels:
         rms_norm: (x, weight, eps), see `pointwise`.
         rotate: (x, cos, sin), see `pointwise`.
         swiglu: (x), see `pointwise`.
+        take_rows: (x, index, starts, places), see `triton_kernels`.
         log_probs: as `head.response_log_probs`.
         attention: variable-length attention on a GPU; None on a CPU, where `cpu_attention` does it in blocks.
         angles_in_float32: whether `rotate` takes cosines in float32, as SGLang does on a GPU; else they are rounded to
@@ -46,14 +47,17 @@ class Kernels:
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     rotate: Callable[[Tensor, Tensor, Tensor], Tensor]
     swiglu: Callable[[Tensor], Tensor]
+    take_rows: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
     log_probs: Callable[..., tuple[Tensor, Tensor | None]]
     attention: Attention | None = None
     angles_in_float32: bool = False
 
 
-CPU = Kernels(
-    "oneDNN, attention in blocks", pointwise.rms_norm, pointwise.rotate, pointwise.swiglu, head.response_log_probs
-)
+_OF_TORCH = (
+    pointwise.rms_norm, pointwise.rotate, pointwise.swiglu, pointwise.take_rows, head.response_log_probs
+)  # fmt: skip
+
+CPU = Kernels("attention in blocks; products by oneDNN", *_OF_TORCH)
 
 _forced: dict[str, str] = {}
 
@@ -86,13 +90,15 @@ def kernels_for(device: torch.device, attention_backend: str = "auto") -> Kernel
     by = _forced.get("pointwise") or (POINTWISE_NAMES[0] if has_triton else POINTWISE_NAMES[1])
     names = (_forced["attention"],) if "attention" in _forced else _BY_FLAG[attention_backend]
     name, attention = _first_at_hand(names)
-    if by == "Triton":
-        from slime.backends.megatron import gpu_head, triton_kernels
-
-        pieces = (triton_kernels.rms_norm, triton_kernels.rotate, triton_kernels.swiglu, gpu_head.response_log_probs)
-    else:
-        pieces = (pointwise.rms_norm, pointwise.rotate, pointwise.swiglu, head.response_log_probs)
+    pieces = _of_triton() if by == "Triton" else _OF_TORCH
     return Kernels(f"attention by {name}; norms, rotation, SwiGLU and head by {by}", *pieces, attention, by == "Triton")
+
+
+def _of_triton() -> tuple[Callable[..., Any], ...]:
+    from slime.backends.megatron import gpu_head
+    from slime.backends.megatron import triton_kernels as t
+
+    return t.rms_norm, t.rotate, t.swiglu, t.take_rows, gpu_head.response_log_probs
 
 
 def _first_at_hand(names: tuple[str, ...]) -> tuple[str, Attention]:

@@ -108,8 +108,8 @@ class VarlenAttention(torch.nn.Module):
             query, key = rotate(query, packed.cos, packed.sin), rotate(key, packed.cos, packed.sin)
         if self.kernels.attention is None:
             return cpu_attention.attend(query, key, value, packed.blocks, self.scale).flatten(1)
-        if packed.key_index is not None:
-            key, value = key.index_select(0, packed.key_index), value.index_select(0, packed.key_index)
+        if packed.taken_keys is not None:
+            key, value = (self.kernels.take_rows(x, *packed.taken_keys) for x in (key, value))
         return self.kernels.attention(
             query, key, value, packed.cu_seqlens_q, packed.cu_seqlens_kv, packed.max_seqlen_q, packed.max_seqlen_kv,
             self.scale,

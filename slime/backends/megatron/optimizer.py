@@ -1,12 +1,15 @@
 """The optimizer and its learning rate: built, stepped, checked for what is not finite."""
 
+import math
 from argparse import Namespace
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import Tensor
 
 from slime.backends.megatron.config import optimizer_config
 
@@ -84,14 +87,33 @@ def step(optimizer: MegatronOptimizer) -> StepResult:
     """Reduce, clip and apply the gradients; all ranks take the same decision."""
     if optimizer.prepare_grads():  # fp16 only: the loss scale was too large and is lowered
         return StepResult(False, float("nan"))
-    grad_norm = float(optimizer.get_grad_norm())
-    if not torch.isfinite(torch.tensor(grad_norm)):
+    grad_norm = _grad_norm(optimizer)
+    if not math.isfinite(grad_norm):
         return StepResult(False, grad_norm)
     for part in optimizer.chained_optimizers:
         if not getattr(part, "is_stub_optimizer", False):
             _clip(part, grad_norm)
     optimizer.step_with_ready_grads()
     return StepResult(True, grad_norm)
+
+
+def _grad_norm(optimizer: MegatronOptimizer) -> float:
+    """Norm of the whole model's gradient. (Without Transformer Engine and apex Megatron's own function asks a GPU for
+    the norm of one parameter after the other, and waits for each.)"""
+    device = torch.device(torch.cuda.current_device())
+    if device.type == "cpu":
+        return float(optimizer.get_grad_norm())
+    groups: dict[Any, list[Tensor]] = {}
+    for part in optimizer.chained_optimizers:
+        groups.setdefault(part.get_grad_stats_parallel_group(), []).extend(part.get_main_grads_for_grad_norm())
+    squares = []
+    for group, grads in groups.items():
+        square = torch.zeros((), device=device)
+        if grads:
+            square = torch.stack(torch._foreach_norm(grads)).square().sum()
+        dist.all_reduce(square, group=group)
+        squares.append(square)
+    return math.sqrt(float(torch.stack(squares).sum()))
 
 
 def _clip(part: MegatronOptimizer, grad_norm: float) -> None:

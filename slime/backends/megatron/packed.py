@@ -5,13 +5,28 @@ Letters: T rows of the packed micro-batch, d rotary dimensions.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from slime.backends.megatron.cpu_attention import Block, attention_blocks
+from slime.backends.megatron.transfers import sent, sent_together
 from slime.data.packing import PackedBatch, Segment
+
+
+class TakenKeys(NamedTuple):
+    """Rows that hold the keys of all segments one after the other (its prefix, its own rows): S of T.
+
+    Attributes:
+        index: [S] rows.
+        starts: [T + 1] int32, and places: [S] int32: where in `index` row t stands, from starts[t] to starts[t + 1].
+    """
+
+    index: Tensor
+    starts: Tensor
+    places: Tensor
 
 
 @dataclass
@@ -26,9 +41,8 @@ class PackedSegments(PackedSeqParams):
     cos: Tensor | None = None
     """[T, 1, d/2]."""
     sin: Tensor | None = None
-    key_index: Tensor | None = None
-    """On CUDA: rows that hold the keys of all segments one after the other (its prefix, its own rows); None if no
-    segment has a prefix."""
+    taken_keys: TakenKeys | None = None
+    """On CUDA: the keys of all segments one after the other; None if no segment has a prefix."""
     blocks: list[Block] = field(default_factory=list)
     """On a CPU: the same, as blocks of queries and keys."""
 
@@ -54,18 +68,22 @@ def packed_segments(batch: PackedBatch, inverse_frequencies: Tensor, dtype: torc
         segments=batch.segments,
         cos=angles.cos().to(dtype),
         sin=angles.sin().to(dtype),
-        key_index=_key_index(batch.segments, device) if batch.has_shared_prompts and device.type != "cpu" else None,
+        taken_keys=taken_keys(batch, device) if batch.has_shared_prompts and device.type != "cpu" else None,
         blocks=attention_blocks(batch.segments, dtype) if device.type == "cpu" else [],
     )
 
 
 def _cumulative(lengths: Sequence[int], device: torch.device) -> Tensor:
-    return torch.tensor([0, *lengths], device=device).cumsum(0, dtype=torch.int32)
+    return sent(torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32), device)
 
 
-def _key_index(segments: Sequence[Segment], device: torch.device) -> Tensor:
+def taken_keys(batch: PackedBatch, device: torch.device) -> TakenKeys:
+    """The keys of a row with shared prompts, on `device`."""
     pieces = []
-    for segment in segments:
+    for segment in batch.segments:
         pieces.append(torch.arange(segment.prefix_start, segment.prefix_start + segment.prefix_len))
         pieces.append(torch.arange(segment.q_start, segment.q_start + segment.q_len))
-    return torch.cat(pieces).to(device)
+    index = torch.cat(pieces)
+    counts = torch.bincount(index, minlength=batch.num_tokens)
+    starts = torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)])
+    return TakenKeys(sent(index, device), *sent_together([starts.int(), index.argsort(stable=True).int()], device))

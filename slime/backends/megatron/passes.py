@@ -16,7 +16,7 @@ from torch import Tensor
 from slime.algorithm.loss import LossFunction
 from slime.algorithm.metrics import micro_batch_record, reduce_train_step_metrics
 from slime.backends.megatron import parallel
-from slime.backends.megatron.head import DEFAULT_KEEP_BYTES, HeadOptions
+from slime.backends.megatron.head import HeadOptions, default_keep_bytes
 from slime.backends.megatron.microbatches import MicroBatch, Packer, TrainStep, in_sample_order
 from slime.backends.megatron.model import HeadOutput
 from slime.data.packing import split_by_sample
@@ -31,7 +31,7 @@ def head_options(args: Namespace, *, is_training: bool) -> HeadOptions:
         with_entropy=is_training or getattr(args, "use_rollout_entropy", False),
         entropy_has_grad=is_training and coefficient != 0,
         chunk_rows=getattr(args, "log_probs_chunk_size", -1),
-        keep_bytes=DEFAULT_KEEP_BYTES if is_training else 0,
+        keep_bytes=default_keep_bytes(torch.device(torch.cuda.current_device())) if is_training else 0,
     )
 
 
@@ -41,16 +41,16 @@ def compute_log_probs(
     """Log-probabilities of all response tokens of this rank under the weights that the model has now.
 
     Returns:
-        `log_probs` and, if --use-rollout-entropy, `entropy`: per sample [R_i] float32 on the CPU, in the order of the
-        rollout (None for samples that the schedule dropped). None on other than the last pipeline stage.
+        `log_probs` and, if --use-rollout-entropy, `entropy`: per sample [R_i] float32 on the device, in the order of
+        the rollout (None for samples that the schedule dropped). None on other than the last pipeline stage.
     """
     options = head_options(args, is_training=False)
     micro_batches = [indices for step in steps for indices in step.micro_batches]
 
     def collect(lengths: Sequence[int], output: HeadOutput, non_loss_data: bool = True) -> list[tuple[Tensor, ...]]:
-        parts = [split_by_sample(output.log_probs.cpu(), lengths)]
+        parts = [split_by_sample(output.log_probs, lengths)]
         if output.entropy is not None:
-            parts.append(split_by_sample(output.entropy.cpu(), lengths))
+            parts.append(split_by_sample(output.entropy, lengths))
         return list(zip(*parts, strict=True))
 
     def forward_step(batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Any, Callable[..., Any]]:

@@ -92,3 +92,8 @@ class _RMSNorm(torch.autograd.Function):
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight (arXiv:1910.07467) over the last axis, in float32 and rounded once."""
     return _RMSNorm.apply(x, weight, eps)
+
+
+def take_rows(x: Tensor, index: Tensor, starts: Tensor, places: Tensor) -> Tensor:
+    """x[index]. (`starts` and `places` are the index turned round, for the kernel of triton_kernels.py.)"""
+    return x.index_select(0, index)

@@ -237,6 +237,52 @@ def swiglu(x: Tensor) -> Tensor:
     return out
 
 
+# --- rows taken several times --------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _sum_of_places(grad, starts, places, out, columns, grad_stride, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < columns
+    total = tl.zeros((BLOCK,), tl.float32)
+    for i in range(tl.load(starts + row), tl.load(starts + row + 1)):
+        at = tl.load(places + i).to(tl.int64)
+        total += tl.load(grad + at * grad_stride + column, inside, 0.0).to(tl.float32)
+    tl.store(out + row * columns + column, total.to(out.dtype.element_ty), inside)
+
+
+class _TakeRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, starts: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(starts, places)
+        ctx.shape = x.shape
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        starts, places = ctx.saved_tensors
+        grad = grad.contiguous()
+        out = torch.empty(ctx.shape, dtype=grad.dtype, device=grad.device)
+        columns = out[0].numel()
+        _sum_of_places[(out.size(0),)](
+            grad, starts, places, out, columns, columns, BLOCK=triton.next_power_of_2(columns)
+        )
+        return out, None, None, None
+
+
+def take_rows(x: Tensor, index: Tensor, starts: Tensor, places: Tensor) -> Tensor:
+    """x[index], where a row may be taken several times; its gradients are summed in float32, in order.
+
+    Args:
+        x: [T, G, d].
+        index: [S] rows of x.
+        starts: [T + 1] int32, and places: [S] int32: index[places[starts[t]:starts[t + 1]]] are all equal to t.
+    """
+    out: Tensor = _TakeRows.apply(x, index, starts, places)
+    return out
+
+
 # --- the head --------------------------------------------------------------------------------------------------------
 
 

@@ -62,6 +62,51 @@ def test_loss_and_gradient_do_not_depend_on_the_packing(
         assert found["metrics"][0][name] == pytest.approx(expected["metrics"][0][name], abs=1e-6), name
 
 
+RECOMPUTATIONS: dict[str, tuple[float, dict[str, Any]]] = {
+    "activations of attention": (2.0, dict(recompute_granularity="selective")),
+    "of attention and MLP": (2.0, dict(recompute_granularity="selective", recompute_modules=["core_attn", "mlp"])),
+    "each layer": (2.0, dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)),
+    "both layers together": (
+        2.0, dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=2),
+    ),
+    "one layer of the two": (1.5, dict(recompute_granularity="full", recompute_method="block", recompute_num_layers=1)),
+}  # fmt: skip
+"""How often attention then runs, where it would run once; and the flags."""
+
+
+def _train_and_count(rank: int, world_size: int, port: int, args: Any, rollouts: Any) -> Any:
+    from slime.backends.megatron import cpu_attention
+
+    attend, calls = cpu_attention.attend, []
+
+    def counted(*inputs: Any) -> Tensor:
+        calls.append(1)
+        return attend(*inputs)
+
+    cpu_attention.attend = counted
+    try:
+        return tiny.train(args, rank, world_size, port, rollouts) | {"attentions": len(calls)}
+    finally:
+        cpu_attention.attend = attend
+
+
+@pytest.fixture(scope="module")
+def kept_activations(ranks: RankPool, model: Path) -> dict[str, Any]:
+    result: dict[str, Any] = ranks.run(_train_and_count, 1, tiny.training_args(model, **BASE), [ROLLOUT])[0]
+    return result
+
+
+@pytest.mark.parametrize("recomputed", RECOMPUTATIONS)
+def test_activations_that_are_computed_again_give_the_same_bits(
+    ranks: RankPool, model: Path, kept_activations: dict[str, Any], recomputed: str
+) -> None:
+    times, flags = RECOMPUTATIONS[recomputed]
+    found = ranks.run(_train_and_count, 1, tiny.training_args(model, **BASE, **flags), [ROLLOUT])[0]
+    assert found["attentions"] == times * kept_activations["attentions"]
+    for name, gradient in kept_activations["gradient"].items():
+        assert torch.equal(gradient, found["gradient"][name]), name
+
+
 def test_the_order_of_the_samples_does_not_matter(
     ranks: RankPool, model: Path, reference: tuple[bool, dict[str, Any]]
 ) -> None:
