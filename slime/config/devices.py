@@ -114,7 +114,8 @@ def place(config: Config, device: Choice, engine: Choice) -> Placement:
         nodes = rollout // per_node if per_node else 0
     colocate = cluster.colocate and not debug.debug_rollout_only
     num_engines = _num_engines(config, rollout)
-    train_threads, rollout_threads = _threads(config, engine.value, nodes * per_node, num_engines)
+    ranks_here = per_node if config.machine.joins_cluster and device.value == "cuda" else nodes * per_node
+    train_threads, rollout_threads = _threads(config, engine.value, ranks_here, num_engines)
     offload_train, offload_rollout = _offloads(config, colocate)
     placement = Placement(
         device="cuda" if device.value == "cuda" else "cpu",

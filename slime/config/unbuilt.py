@@ -122,8 +122,3 @@ def _of_the_devices(args: Namespace) -> Iterator[str]:
             )
         if args.distributed_backend != "nccl":
             yield f"--distributed-backend {args.distributed_backend} is not built yet on GPUs: use nccl"
-    elif p.devices_available is None and p.actor_num_nodes > 1:
-        yield (
-            f"--actor-num-nodes {p.actor_num_nodes} with --device cpu is not built yet on a Ray cluster (RAY_ADDRESS): "
-            "CPU ranks of several nodes do not find each other; use --actor-num-nodes 1"
-        )

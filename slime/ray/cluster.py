@@ -1,22 +1,33 @@
 """Start or join a Ray cluster, and say which resource stands for one device."""
 
 import contextlib
+import json
 import logging
 import os
 import secrets
+import socket
 from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
 
 import ray
 
+import slime
 from slime.config import ConfigError
-from slime.utils.api_key import take_api_key
+from slime.utils.api_key import KEY_VARIABLE, api_key, take_api_key
 
 logger = logging.getLogger(__name__)
 
 CPU_DEVICE = "cpu_device"
 """Ray's custom resource that counts devices where the CPU is the device."""
 
+_JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by `ray job submit`: what the job was given with --runtime-env-json
+_ALSO_HANDED_ON = (
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO",
+    "SPT_NOENV",
+)  # slime/ray/__init__.py, slime/utils/run_marker.py
 _OBJECT_STORE_BYTES = 512 * 2**20
+_ANSWER_TIMEOUT_S = 5.0
 _HELPER_CPUS = 64  # Ray's CPU counts only limit admission here: threads are shared out by the plan
 
 
@@ -29,16 +40,65 @@ def start(args: Namespace) -> None:
     """Join the cluster named by RAY_ADDRESS (or the Ray job this runs in), else start one on this machine.
 
     Raises:
-        ConfigError: the cluster has fewer devices than the plan needs.
+        ConfigError: no cluster answers there, or it has fewer devices than the plan needs.
     """
     take_api_key(args)
     if ray.is_initialized():
         return
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=True, logging_level=logging.WARNING)
+    if address := os.environ.get("RAY_ADDRESS"):
+        _join(args, address)
     else:
         _start_here(args)
     _check_devices(args)
+
+
+def _join(args: Namespace, address: str) -> None:
+    """Take part in a cluster that others started; its processes inherit nothing from this one's environment."""
+    if address.startswith(("http://", "https://")):
+        raise ConfigError(
+            f"RAY_ADDRESS={address} is where a cluster takes jobs, for `ray job submit -- python3 train.py ...`. To "
+            "start the run from here, on a node of the cluster, give the cluster's own address: RAY_ADDRESS=HEAD:6379"
+        )
+    if hasattr(args, "sglang_api_key"):
+        args.sglang_api_key = api_key(args)  # Ray shows an environment that is handed on; arguments it does not
+    _check_that_it_answers(address)
+    ray.init(
+        log_to_driver=True,
+        logging_level=logging.WARNING,
+        runtime_env={"env_vars": environment_of_actors(os.environ)},
+    )
+
+
+def _check_that_it_answers(address: str) -> None:
+    """In seconds: Ray itself tries for minutes."""
+    host, _, port = address.rpartition(":")
+    if not port.isdecimal():
+        return  # `auto`
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_TIMEOUT_S).close()
+    except OSError as error:
+        raise ConfigError(
+            f"No Ray cluster answers at RAY_ADDRESS={address} ({error}). Is this a node of it (`ray status`)? Unset "
+            "RAY_ADDRESS to run on this machine alone."
+        ) from error
+
+
+def environment_of_actors(environ: Mapping[str, str]) -> dict[str, str]:
+    """What actors on a cluster that runs already need of the driver's environment: slime itself, and its variables.
+
+    What a Ray job was given for all of its processes is left to it.
+    """
+    handed_on = {
+        name: value
+        for name, value in environ.items()
+        if name.startswith("SLIME_") and name not in (KEY_VARIABLE, "SLIME_HOST_IP")
+    }
+    root = str(Path(slime.__file__).resolve().parents[1])
+    handed_on["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [environ.get("PYTHONPATH")])])
+    handed_on |= {name: environ[name] for name in _ALSO_HANDED_ON if name in environ}
+    job = json.loads(environ.get(_JOB_CONFIG) or "{}")
+    of_the_job = (job.get("runtime_env") or {}).get("env_vars") or {}
+    return {name: value for name, value in handed_on.items() if name not in of_the_job}
 
 
 def _start_here(args: Namespace) -> None:
@@ -63,13 +123,34 @@ def _start_here(args: Namespace) -> None:
 
 def _check_devices(args: Namespace) -> None:
     resource, needed = device_resource(args), devices_needed(args)
-    found = int(ray.cluster_resources().get(resource, 0))
+    if resource == "GPU":
+        found, where, more = int(ray.cluster_resources().get(resource, 0)), "", "add nodes"
+    else:
+        found, where = _devices_here(), " on this host (without a GPU a run stays on one)"
+        more = f"start its nodes with more: ray start --resources '{{\"{CPU_DEVICE}\": N}}'"
     if found < needed:
-        kind = "GPUs" if resource == "GPU" else "CPU devices (--cpu-devices)"
+        kind = "GPUs" if resource == "GPU" else "CPU devices"
         raise ConfigError(
-            f"This run needs {needed} {kind} and the Ray cluster has {found}. Lower --actor-num-nodes, "
-            "--actor-num-gpus-per-node or --rollout-num-gpus, share devices with --colocate, or add nodes."
+            f"This run needs {needed} {kind} and the Ray cluster has {found}{where}. Lower --actor-num-nodes, "
+            f"--actor-num-gpus-per-node or --rollout-num-gpus, share devices with --colocate, or {more}."
         )
+
+
+def _devices_here() -> int:
+    """CPU devices of the cluster's nodes that have this host's address."""
+    here = ray.util.get_node_ip_address()
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeManagerAddress"] == here]
+    return int(sum(node["Resources"].get(CPU_DEVICE, 0) for node in nodes))
+
+
+def bundle(args: Namespace) -> dict[str, float]:
+    """Resources of one device and of the processes on it.
+
+    CPU devices are all of the driver's host: engines there are on loopback and take weights out of its memory.
+    """
+    resource = device_resource(args)
+    here = {f"node:{ray.util.get_node_ip_address()}": 0.001} if resource == CPU_DEVICE else {}
+    return {resource: 1, "CPU": 1, **here}
 
 
 def devices_needed(args: Namespace) -> int:

@@ -12,6 +12,7 @@ from ray.util.placement_group import (
     placement_group_table,
     remove_placement_group,
 )
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from slime.ray import cluster
 from slime.ray.actor_group import RayTrainGroup
@@ -46,7 +47,7 @@ def create_placement_groups(args: Namespace) -> dict[str, Devices]:
         nothing = Devices(None, (), ())
         return {"actor": nothing, "rollout": nothing}
     resource = cluster.device_resource(args)
-    group = placement_group([{resource: 1, "CPU": 1} for _ in range(num_devices)], strategy="PACK")
+    group = placement_group([cluster.bundle(args) for _ in range(num_devices)], strategy="PACK")
     ready, _ = ray.wait([group.ready()], timeout=_PLACEMENT_TIMEOUT_S)
     if not ready:
         remove_placement_group(group)
@@ -100,7 +101,10 @@ def create_rollout_manager(args: Namespace, devices: Devices) -> tuple[Any, int 
 
     Resolves `args.num_rollout` where only --num-epoch was given.
     """
-    manager = RolloutManager.options(num_cpus=1, num_gpus=0, max_concurrency=8).remote(args, devices)
+    # Beside the driver, if there is room: it reads the prompts and writes to the run's folder.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    options = {"num_cpus": 1, "num_gpus": 0, "max_concurrency": 8, "scheduling_strategy": here}
+    manager = RolloutManager.options(**options).remote(args, devices)
     try:
         wait_for({_MANAGER: manager.start.remote()}, "start engines and load prompts")
     except BaseException:

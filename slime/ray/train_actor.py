@@ -37,7 +37,7 @@ class TrainRayActor(Pulse):
 
     def get_master_addr_and_port(self) -> tuple[str, int]:
         """Where rank 0 will listen for the other ranks."""
-        host = ray.util.get_node_ip_address()
+        host = "127.0.0.1" if self._args.device == "cpu" else ray.util.get_node_ip_address()
         return host, free_port(host)
 
     def pid_and_host(self) -> tuple[int, str]:

@@ -1,4 +1,4 @@
-"""Every recipe in scripts/run-*.sh is a test: its command line is what --dry-run would accept on the machine it names."""
+"""Every recipe in scripts/run-*.sh is a test: --dry-run would accept it on the machine that it names."""
 
 import os
 import re
@@ -73,7 +73,9 @@ def test_a_recipe_runs_on_the_machine_that_it_names(
 
 
 def test_flags_after_a_recipe_win(tmp_path: Path) -> None:
-    command = launched(ROOT / "scripts" / "run-qwen3-0.6B-1gpu.sh", tmp_path, {}, "--lr", "3e-6", "--rollout-stop", "a b")
+    command = launched(
+        ROOT / "scripts" / "run-qwen3-0.6B-1gpu.sh", tmp_path, {}, "--lr", "3e-6", "--rollout-stop", "a b"
+    )
     assert command[-4:] == ["--lr", "3e-6", "--rollout-stop", "a b"]
 
 

@@ -51,9 +51,8 @@ GPUS = Machine(cores=64, num_gpus=8, has_sglang=True)
         (GPUS, "--device cuda --rollout-engine embedded --actor-num-gpus-per-node 1 --rollout-num-gpus 1",
          "--rollout-engine embedded .* --device cpu"),
         (GPUS, "--device cuda --actor-num-gpus-per-node 1 --rollout-num-gpus 1 --distributed-backend gloo", "use nccl"),
-        (Machine(cores=8, joins_cluster=True), "--device cpu --actor-num-nodes 2", "use --actor-num-nodes 1"),
     ],
-    ids=["no SGLang", "embedded on GPUs", "gloo on GPUs", "CPU nodes of a cluster"],
+    ids=["no SGLang", "embedded on GPUs", "gloo on GPUs"],
 )  # fmt: skip
 def test_what_the_devices_cannot_do_yet_is_refused(
     machine: Machine, words: str, message: str, files: dict[str, str], monkeypatch: pytest.MonkeyPatch,
@@ -70,6 +69,7 @@ def test_what_the_devices_cannot_do_yet_is_refused(
         (GPUS, "--device cuda --colocate --actor-num-gpus-per-node 4 --debug-train-only"),
         (GPUS, "--device cpu --colocate --actor-num-gpus-per-node 2"),
         (Machine(cores=8), "--device cpu --actor-num-nodes 2"),
+        (Machine(cores=8, joins_cluster=True), "--device cpu --actor-num-nodes 2"),
     ],
 )
 def test_what_they_can_do_is_not(
