@@ -9,6 +9,9 @@ from slime.config import groups as g
 from slime.config.files import Files
 from slime.config.machine import Machine
 
+FULLY_ASYNC_ROLLOUT = "slime.rollout.fully_async_rollout.generate_rollout_fully_async"
+"""The rollout function of slime's own that keeps groups in flight between rollouts."""
+
 
 @dataclass(frozen=True)
 class Config:
@@ -74,6 +77,11 @@ class Config:
     def uses_default_rollout(self) -> bool:
         """Whether slime's own rollout function makes the samples."""
         return self.rollout.rollout_function_path == g.RolloutConfig.rollout_function_path
+
+    @property
+    def is_fully_async(self) -> bool:
+        """Whether the rollout function keeps groups in flight from one rollout to the next."""
+        return self.rollout.rollout_function_path == FULLY_ASYNC_ROLLOUT
 
     @property
     def samples_per_rollout(self) -> int:

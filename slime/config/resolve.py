@@ -15,6 +15,7 @@ from slime.config.devices import (
     share_ranks,
 )
 from slime.config.errors import Problems
+from slime.config.groups import RolloutConfig
 from slime.config.keys import guessed_keys
 from slime.config.megatron import forced_values
 from slime.config.memory import divide_memory
@@ -116,6 +117,7 @@ def _plan(
             **_algorithm_updates(config, batch),
             **_eval_updates(config, interval),
             **_engine_updates(config, placement),
+            **_async_updates(config),
         },
         notes=tuple(notes + _notes(config, placement, engine.value, batch)),
         given={dest: value for dest, value in {**config.megatron, **config.sglang}.items() if dest in config.given},
@@ -212,10 +214,24 @@ def _eval_updates(config: Config, interval: int | None) -> dict[str, Any]:
         "eval_datasets": list(config.eval_datasets),
         "eval_prompt_data": [word for d in config.eval_datasets for word in (d.name, d.path)] or None,
         "eval_interval": interval,
-        "eval_function_path": e.eval_function_path or rollout.rollout_function_path,
+        "eval_function_path": e.eval_function_path or _default_eval_function(config),
         "eval_reward_key": e.eval_reward_key or config.reward.reward_key,
         "eval_max_context_len": e.eval_max_context_len or context,
         "rollout_max_prompt_len": prompt if prompt is not None or context is None else context - 1,
+    }
+
+
+def _default_eval_function(config: Config) -> str:
+    return RolloutConfig.rollout_function_path if config.is_fully_async else config.rollout.rollout_function_path
+
+
+def _async_updates(config: Config) -> dict[str, Any]:
+    """How far generation runs ahead, and how old that lets a sample become."""
+    is_ahead, size = config.loop == "async", config.asynchronous.async_buffer_size
+    limit = size + config.weight_sync.update_weights_interval
+    return {
+        "rollouts_ahead": size if is_ahead and not config.is_fully_async else 0,
+        "max_staleness": limit if is_ahead or config.is_fully_async else None,
     }
 
 
@@ -283,6 +299,10 @@ def _notes(config: Config, p: Placement, engine: str, batch: Batch) -> list[str]
         notes.append(
             f"--update-weights-interval {interval}: weights go out every rollout: engines that gave their memory back "
             "need them"
+        )
+    if config.asynchronous.async_buffer_size > 1 and config.loop == "sync" and not config.is_fully_async:
+        notes.append(
+            f"--async-buffer-size {config.asynchronous.async_buffer_size} has no effect in train.py: use train_async.py"
         )
     if config.eval.eval_interval and not config.eval_datasets:
         notes.append("--eval-interval without --eval-prompt-data or --eval-config: there is no evaluation")

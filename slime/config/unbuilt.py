@@ -29,7 +29,6 @@ UNBUILT: dict[str, tuple[_Test, str]] = {
     "multi_latent_attention": (_is_on, "models with latent attention are not trained; choose another model"),
     "use_routing_replay": (_is_on, "mixtures of experts are not trained"),
     "use_rollout_routing_replay": (_is_on, "mixtures of experts are not trained"),
-    "async_buffer_size": (_not(1), "generation does not run ahead of training; leave it at 1"),
     "multimodal_keys": (_is_on, "only text models are trained"),
     "num_data_workers": (_is_on, "the rollout manager prepares prompts; leave it at 0"),
     "streaming_data": (_is_on, "the prompt file is read whole; leave it out, or cut it with @[start:end]"),

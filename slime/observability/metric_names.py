@@ -13,6 +13,7 @@ from pathlib import Path
 
 STEP_PHASES: dict[str, str] = {
     "generate": "waiting for samples: generation, rewards and filters",
+    "wait_for_rollout": "train_async.py: waiting for a rollout that is still being made; 0 where it was ready",
     "train": "log-probs, advantages and optimizer steps, on every trainer rank",
     "sync": "new weights to every engine, with their proof",
     "eval": "evaluation",
@@ -70,7 +71,14 @@ def _rollout() -> list[Metric]:
         Metric("rollout/num_samples", "count", "Samples in the rollout."),
         Metric("rollout/zero_std/count_<reward>", "count", "Groups whose samples all earned this reward: no gradient."),
         Metric("rollout/dynamic_filter/drop_<reason>", "count", "Groups that the dynamic filter dropped, by reason."),
-        Metric("rollout/discarded_groups", "count", "Groups that were started and thrown away: the batch was full."),
+        Metric("rollout/discarded_groups", "count", "Groups that were started and thrown away: surplus, or too old."),
+        Metric("rollout/staleness/mean", "rollouts", "How old the oldest trained token of a sample is, on average."),
+        Metric("rollout/staleness/max", "rollouts", "The same, for the stalest sample."),
+        Metric("rollout/staleness/discarded_groups", "count", "Groups thrown away because they were too old."),
+        Metric("rollout/staleness/masked_tokens", "tokens", "Tokens taken out of the loss because they were too old."),
+        Metric("rollout/pool/in_flight", "count", "Fully asynchronous: groups in flight when the rollout was taken."),
+        Metric("rollout/pool/ready", "count", "Fully asynchronous: groups that were done and left for the next one."),
+        Metric("rollout/ready_ahead", "count", "Later rollouts that were ready when training of this one began."),
         Metric("rollout/retokenized", "count", "Samples that came as text only and were tokenised by slime."),
         Metric("rollout/weight_version_lag/mean", "versions", "Newest version in the rollout minus a sample's oldest."),
         Metric("rollout/weight_version_lag/max", "versions", "The same, for the stalest sample."),
@@ -165,7 +173,7 @@ def _perf() -> list[Metric]:
         "longest_effective_sample_tokens_per_sec": "The same, counting trained tokens only",
     }
     return [
-        Metric("perf/rollout_time", "s", "Wall time of the rollout, inside the generate phase."),
+        Metric("perf/rollout_time", "s", "Wall time of the rollout: inside the generate phase, or beside training."),
         *_statistics("perf/non_generation_time", "s", "time of a sample outside the engine: tools, environments"),
         *(Metric(f"perf/{name}", "tokens/s", f"{what}.") for name, what in speeds.items()),
         *(

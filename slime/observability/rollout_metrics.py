@@ -220,6 +220,14 @@ def _weight_versions(samples: Sequence[Sample]) -> dict[str, Any]:
     }
 
 
+def staleness_metrics(ages: Sequence[int | None]) -> dict[str, Any]:
+    """Of ages in rollouts, one a sample: mean and largest; {} where none is known."""
+    known = [age for age in ages if age is not None]
+    if not known:
+        return {}
+    return {"rollout/staleness/mean": statistics.fmean(known), "rollout/staleness/max": max(known)}
+
+
 def _categories(args: argparse.Namespace, samples: Sequence[Sample]) -> dict[str, Any]:
     """Share of samples by the category that a dict reward carries under --log-reward-category."""
     key = getattr(args, "log_reward_category", None)

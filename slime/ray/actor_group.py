@@ -36,14 +36,17 @@ class RayTrainGroup:
         self._actors: list[Any] = []
         self._version = int(getattr(args, "update_weight_start_version", 0) or 0)
 
+        self.has_trained_since_sync = False
+        """The trainer's weights are not those that it gave to the engines last."""
+
     @property
     def weight_version(self) -> int:
         """Version that the engines hold since the last sync (0: none yet)."""
         return self._version
 
-    def continue_versions(self, start_rollout_id: int) -> None:
+    def continue_versions(self, newest: int) -> None:
         """Count on after a resume: samples kept from before carry versions up to that many."""
-        self._version = max(self._version, start_rollout_id)
+        self._version = max(self._version, newest)
 
     def create(self, rollout_manager: Any = None) -> list[int]:
         """Start all ranks and load the model; returns each rank's first rollout id. Does nothing when alive."""
@@ -92,6 +95,7 @@ class RayTrainGroup:
 
     def train(self, rollout_id: int, shards: list[Any]) -> dict[str, float]:
         """Train on one rollout; metrics of rank 0, which are complete."""
+        self.has_trained_since_sync = True
         return self._call("train", rollout_id, shards, what=f"train on rollout {rollout_id}")[0]
 
     def connect_engines(self, engines: list[EngineRecord]) -> None:
@@ -105,6 +109,7 @@ class RayTrainGroup:
             what=f"sync weights version {self._version + 1}",
         )[0]
         self._version += 1
+        self.has_trained_since_sync = False
         return report
 
     def send_weights_again(self) -> None:

@@ -137,5 +137,7 @@ def create_training_models(args: Namespace, groups: dict[str, Devices], rollout_
         args.start_rollout_id = start_ids[0]
     actor.continue_versions(args.start_rollout_id)
     if rollout_manager is not None and args.start_rollout_id > 0:
-        wait_for({_MANAGER: rollout_manager.load.remote(args.start_rollout_id - 1)}, "load the data position")
+        loading = rollout_manager.load.remote(args.start_rollout_id - 1)
+        (newest_version,) = wait_for({_MANAGER: loading}, "load the data position")
+        actor.continue_versions(newest_version)
     return actor, None

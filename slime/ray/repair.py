@@ -26,7 +26,12 @@ class Repairs:
     """The driver's view of the servers; without --use-fault-tolerance it only tells how one was lost."""
 
     def __init__(
-        self, args: Namespace, manager: Any, trainer: Any, on_change: Callable[[], None] = lambda: None
+        self,
+        args: Namespace,
+        manager: Any,
+        trainer: Any,
+        on_change: Callable[[], None] = lambda: None,
+        new_version: Callable[[], Any] = lambda: None,
     ) -> None:
         """
         Args:
@@ -34,6 +39,7 @@ class Repairs:
             manager: the rollout manager, which owns the servers.
             trainer: has `connect_engines` and `send_weights_again`; None where nothing is trained.
             on_change: called when servers have been started again: other processes run than before.
+            new_version: gives every connected engine what the trainer holds, as the next version.
         """
         self._is_allowed = bool(args.use_fault_tolerance)
         self._manager, self._trainer = manager, trainer
@@ -41,7 +47,7 @@ class Repairs:
         self._answered_s = 0.0
         self._is_repairing = False
         self._restarts: Counter[str] = Counter()
-        self._on_change = on_change
+        self._on_change, self._new_version = on_change, new_version
 
     def begin_rollout(self) -> None:
         """Servers may be lost so often again."""
@@ -119,12 +125,19 @@ class Repairs:
     def _restart_with_weights(self) -> None:
         restarted = self._ask("restart_servers", "start lost servers again")
         if restarted and self._trainer is not None and self._trainer.weight_version > 0:
-            self._trainer.connect_engines(restarted)
-            self._trainer.send_weights_again()
-            self._trainer.connect_engines(self._ask("engine_records", "list its engines"))
+            self._bring_to_one_version(restarted)
         self.admit()
         for record in restarted:
             logger.info("%s serves again at %s with the current weights", record.name, record.url)
+
+    def _bring_to_one_version(self, restarted: list[Any]) -> None:
+        """Restarted engines get the version that the others have; if the trainer has left it behind, all get the next."""
+        if not self._trainer.has_trained_since_sync:
+            self._trainer.connect_engines(restarted)
+            self._trainer.send_weights_again()
+        self._trainer.connect_engines(self._ask("engine_records", "list its engines"))
+        if self._trainer.has_trained_since_sync:
+            self._new_version()
 
     def _restart_without_weights(self) -> None:
         self._ask("restart_servers", "start lost servers again")

@@ -2,17 +2,24 @@
 
 import logging
 import os
+import threading
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 
 from slime.data.batch import convert_samples_to_train_data, split_train_data_by_dp
 from slime.observability import debug_dumps, logging_utils
-from slime.observability.rollout_metrics import flatten_samples, log_eval_rollout_data, log_rollout_data
+from slime.observability.rollout_metrics import (
+    flatten_samples,
+    log_eval_rollout_data,
+    log_rollout_data,
+    staleness_metrics,
+)
 from slime.observability.run_status import ProcessInfo
 from slime.observability.samples import write_eval_samples, write_samples
 from slime.ray.engines import EngineRecord, Engines
@@ -28,14 +35,40 @@ from slime.rollout.ledger import take_ledger_line
 from slime.rollout.progress import set_bar_factory
 from slime.rollout.random_state import load_random_state, save_random_state
 from slime.rollout.sample_hooks import set_current_rollout_id
+from slime.rollout.staleness import staleness, weight_clock
 from slime.utils.api_key import take_api_key
+from slime.utils.async_utils import run
 from slime.utils.checkpoint_folder import begin_save
 from slime.utils.http_utils import init_http_client
 from slime.utils.memory_utils import settle_objects
 from slime.utils.misc import Box, load_function
+from slime.utils.random_state import host_random_state
+from slime.utils.server_control import abort_servers_until_idle
 from slime.utils.types import Sample
 
 logger = logging.getLogger(__name__)
+
+_MAKING = {"rollouts": 1}
+"""Concurrency group of the manager: rollouts are made one after another, in the order in which they are asked for."""
+
+
+@dataclass(frozen=True)
+class MadeRollout:
+    """One rollout, ready to be trained on, and what belongs to its line of the log."""
+
+    shards: list[Box] | None
+    """One a data-parallel rank; None when nothing is to be trained."""
+    metrics: dict[str, Any]
+    ledger: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class _Before:
+    """How things stood before a rollout was begun."""
+
+    source: dict[str, Any] | None
+    """None: the data source keeps its own state."""
+    random: Any
 
 
 class RolloutController(Pulse):
@@ -48,7 +81,9 @@ class RolloutController(Pulse):
         take_api_key(args)
         self._parallel_config: dict[str, int] = {}
         self._ledger: dict[str, Any] | None = None
-        self._newest = -1  # the rollout that was begun last
+        self._before: dict[int, _Before] = {}
+        self._state_lock = threading.Lock()  # held while a rollout begins and while a checkpoint is written
+        self._engines_use = _EnginesUse()
         self._devices = devices
         self._progress: tuple[str, int, int, str] | None = None
         set_bar_factory(self._bar)
@@ -97,13 +132,34 @@ class RolloutController(Pulse):
 
     def stop_generating(self) -> None:
         """End all requests, and begin none: the run is about to leave."""
+        weight_clock().begin_update()
         if self._engines is not None:
             self._engines.pause()
+
+    def begin_weight_update(self) -> None:
+        """New weights are about to go out. Requests wait until `end_weight_update`; with --pause-generation-mode abort
+        those in flight are ended first, and go on from what they have."""
+        weight_clock().begin_update()
+        if self._engines is not None and self.args.max_staleness is not None:
+            if self.args.pause_generation_mode == "abort":
+                run(abort_servers_until_idle([record.url for record in self._engines.records]))
+
+    def end_weight_update(self, version: int, trained: int) -> None:
+        """All engines hold `version`, into which `trained` rollouts were trained."""
+        weight_clock().end_update(str(version), trained)
 
     def processes(self) -> list[ProcessInfo]:
         """This process, the engines and the router."""
         servers = self._engines.processes() if self._engines is not None else []
         return [ProcessInfo("rollout manager", "manager", os.getpid()), *servers]
+
+    @ray.method(concurrency_group="rollouts")  # type: ignore[untyped-decorator]
+    def make(self, rollout_id: int) -> MadeRollout:
+        """Make one rollout, with its metrics; may run while earlier ones are trained on, and never beside `eval` where
+        a rollout ends what is in flight."""
+        with self._engines_use.for_a_rollout():
+            shards = self.generate(rollout_id)
+            return MadeRollout(shards, self.take_metrics(), self.take_ledger())
 
     def generate(self, rollout_id: int) -> list[Box] | None:
         """Make one rollout; one `Box(ObjectRef)` a data-parallel rank, or None when nothing is to be trained."""
@@ -120,10 +176,18 @@ class RolloutController(Pulse):
         shards = split_train_data_by_dp(self.args, train_data, self._parallel_config)
         return [Box(ray.put(shard)) for shard in shards]
 
-    def eval(self, rollout_id: int) -> None:
-        """Evaluate on every task with the weights the engines hold; -1 stands for before the first rollout."""
+    def eval(self, rollout_id: int) -> dict[str, Any]:
+        """Evaluate on every task with the weights the engines hold; the metrics. -1 stands for before the first rollout.
+
+        It waits for the rollout that is being made, and the next one waits for it.
+        """
         if self.args.debug_train_only:
-            return
+            return {}
+        with self._engines_use.for_an_evaluation():
+            self._evaluate(rollout_id)
+            return self.take_metrics()
+
+    def _evaluate(self, rollout_id: int) -> None:
         hook_id = max(rollout_id, 0)
         with self._serving():
             output: RolloutFnEvalOutput = call_rollout_fn(
@@ -162,18 +226,24 @@ class RolloutController(Pulse):
     def save(self, rollout_id: int) -> None:
         """The rollout's part of a checkpoint, before the trainer's: the data source's state, this process's chance.
 
-        The data source is saved as it was after `rollout_id`, also where the next rollout has begun or is made.
+        Both are saved as they were after `rollout_id`, also where later rollouts have begun or are made.
         """
-        if rollout_id >= self._newest and hasattr(self.data_source, "thaw"):
-            self.data_source.thaw()
-        begin_save(self.args.save, rollout_id)
-        self.data_source.save(rollout_id)
-        save_random_state(self.args.save, rollout_id)
+        with self._state_lock:
+            before_next = self._before.get(rollout_id + 1)
+            if hasattr(self.data_source, "thaw"):
+                self.data_source.thaw()
+                if before_next is not None and before_next.source is not None:
+                    self.data_source.freeze(before_next.source)
+            begin_save(self.args.save, rollout_id)
+            self.data_source.save(rollout_id)
+            save_random_state(self.args.save, rollout_id, None if before_next is None else before_next.random)
 
-    def load(self, rollout_id: int | None = None) -> None:
+    def load(self, rollout_id: int | None = None) -> int:
+        """Continue after `rollout_id`; the newest version of weights that kept samples may come from (0: none)."""
         self.data_source.load(rollout_id)
         if rollout_id is not None and not getattr(self.args, "no_load_rng", False):
             load_random_state(self.args.load, rollout_id)
+        return max((int(version) for version in weight_clock().state()), default=0)
 
     def offload(self) -> None:
         """Engines give their memory back."""
@@ -199,13 +269,16 @@ class RolloutController(Pulse):
     # ---- one rollout ----
 
     def _keep_state_before(self, rollout_id: int) -> None:
-        """A checkpoint of the step before, which a run that leaves may still write, holds the data source as it is now.
-
-        The samples may be made and never trained on: their prompts must then be drawn again.
-        """
-        self._newest = rollout_id
-        if self.args.save is not None and hasattr(self.data_source, "freeze"):
-            self.data_source.freeze()
+        """A checkpoint of the step before, which may be written while this rollout is made or waits to be trained on,
+        holds the data source as it is now: if its samples are never trained on, their prompts must be drawn again."""
+        if self.args.save is None:
+            return
+        with self._state_lock:
+            horizon = rollout_id - getattr(self.args, "rollouts_ahead", 0)
+            self._before = {number: kept for number, kept in self._before.items() if number >= horizon}
+            is_held = getattr(self.data_source, "holder", None) is not None
+            keeps = hasattr(self.data_source, "freeze") and not is_held
+            self._before[rollout_id] = _Before(self.data_source.state() if keeps else None, host_random_state())
 
     def _serving(self) -> AbstractContextManager[None]:
         return self._engines.serving() if self._engines is not None else nullcontext()
@@ -222,8 +295,45 @@ class RolloutController(Pulse):
         validate_rollout_id_annotated(output.samples)
         samples = flatten_samples(output.samples)
         self._ledger = take_ledger_line(self.data_source, rollout_id, output)
-        log_rollout_data(rollout_id, self.args, samples, output.metrics, time.perf_counter() - started)
+        ages = staleness_metrics([staleness(sample, rollout_id) for sample in samples])
+        metrics = ages | dict(output.metrics or {})
+        log_rollout_data(rollout_id, self.args, samples, metrics, time.perf_counter() - started)
         return samples
+
+
+class _EnginesUse:
+    """Rollouts and evaluations take turns: a rollout that is full ends whatever is in flight, of evaluations too.
+
+    An evaluation that waits goes first, because the driver waits for it.
+    """
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._evaluations, self._is_making = 0, False
+
+    @contextmanager
+    def for_a_rollout(self) -> Iterator[None]:
+        with self._condition:
+            self._condition.wait_for(lambda: self._evaluations == 0)
+            self._is_making = True
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._is_making = False
+                self._condition.notify_all()
+
+    @contextmanager
+    def for_an_evaluation(self) -> Iterator[None]:
+        with self._condition:
+            self._evaluations += 1
+            self._condition.wait_for(lambda: not self._is_making)
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._evaluations -= 1
+                self._condition.notify_all()
 
 
 class _Counter:
@@ -237,4 +347,4 @@ class _Counter:
         self._show(self._done)
 
 
-RolloutManager = ray.remote(concurrency_groups=THREADS)(RolloutController)
+RolloutManager = ray.remote(concurrency_groups=THREADS | _MAKING)(RolloutController)

@@ -28,9 +28,10 @@ from slime.ray.placement_group import (
     dispose,
 )
 from slime.ray.repair import Repairs
+from slime.ray.rollout import MadeRollout
 from slime.ray.schedule import Schedule
 from slime.ray.turns import Turns
-from slime.ray.waiting import RemoteError, set_look, wait_for
+from slime.ray.waiting import RemoteError, num_ready, set_look, wait_for
 from slime.ray.watch import Watch
 from slime.utils.processes import ServerError
 from slime.utils.run_marker import HungUp, RunMarker, deaf_to_ctrl_c, leaves_when_told
@@ -59,22 +60,28 @@ def errors_in_words() -> Iterator[None]:
     except _IN_WORDS as error:
         logger.debug("the run ended by an error", exc_info=True)
         notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()))
-        raise SystemExit(f"train.py: error: {error}{notes}") from None
+        raise SystemExit(f"{_program()}: error: {error}{notes}") from None
     except HungUp:  # nobody is there to read a word
         raise SystemExit(128 + signal.SIGHUP) from None
     except Preempted as preempted:
-        print(f"train.py: {preempted}", file=sys.stderr)
+        print(f"{_program()}: {preempted}", file=sys.stderr)
         raise SystemExit(128 + signal.SIGTERM) from None
     except KeyboardInterrupt:
-        print("train.py: interrupted", file=sys.stderr)
+        print(f"{_program()}: interrupted", file=sys.stderr)
         raise SystemExit(128 + signal.SIGINT) from None
+
+
+def _program() -> str:
+    name = os.path.basename(sys.argv[0])
+    return name if name.endswith(".py") else "train.py"
 
 
 class Run:
     """Trainer, engines and rollout manager of one run, started by entering and ended by leaving it.
 
     The verbs (`generate`, `train`, `save`, `sync`, `evaluate`) do one phase each, on whichever devices
-    the run has: where trainer and engines share them, a phase hands them over before it begins.
+    the run has: where trainer and engines share them, a phase hands them over before it begins. Where they do not,
+    `generate_ahead` and `take` are the two halves of `generate`, and the others may come between them.
     """
 
     def __init__(self, args: Namespace) -> None:
@@ -88,8 +95,10 @@ class Run:
         self._marker: RunMarker | None = None
         self._manager: Any = None
         self._actor: Any = None
-        self._trained = self._saved = self._logged = -1
-        """Last rollouts that were trained on, saved, and written to the log."""
+        self._trained = self._saved = self._logged = self._begun = -1
+        """Last rollouts that were trained on, saved, written to the log, and asked for."""
+        self._making: dict[int, Any] = {}
+        """Rollouts that were asked for and not taken."""
         self._leaving = Leaving()
         self._liveness = Liveness("the driver", args.liveness_timeout)
         self._watch = Watch(self._clock, self._liveness, self._leaving)
@@ -165,10 +174,10 @@ class Run:
         self._is_unfinished = args.start_rollout_id == 0 or unfinished is not None
         self._metrics |= unfinished or {}
         self.schedule = Schedule.of(args, rollouts_per_epoch)
-        self._trained = self._saved = self._logged = self.schedule.start - 1
+        self._trained = self._saved = self._logged = self._begun = self.schedule.start - 1
         self._turns = Turns(args, self._actor, self._manager)
         if not args.debug_train_only:
-            self._watch.repairs = Repairs(args, self._manager, self._actor, self._show_processes)
+            self._watch.repairs = Repairs(args, self._manager, self._actor, self._show_processes, self._new_version)
         self._watch.manager = self._manager
         self._show_processes()
 
@@ -206,11 +215,37 @@ class Run:
     def generate(self, rollout_id: int) -> list[Any] | None:
         """Rewarded samples of one rollout, as one shard a data-parallel rank."""
         with self._clock.phase("generate"):
-            shards: list[Any] | None = self._ask("generate", rollout_id, what=f"generate rollout {rollout_id}")
-            self._watch.close_bar()
-            self._metrics |= self._ask("take_metrics", what="give its metrics")
-            self._ledger = self._ask("take_ledger", what="give its ledger")
+            self._ask_for(rollout_id)
+            return self._taken(rollout_id)
+
+    def generate_ahead(self, rollout_id: int) -> None:
+        """Let rollouts be made from now on, up to --async-buffer-size after `rollout_id`; returns at once.
+
+        A rollout function that keeps groups in flight by itself is asked for one rollout at a time.
+        """
+        for number in range(self._begun + 1, min(rollout_id + self.args.rollouts_ahead, self.schedule.stop - 1) + 1):
+            self._ask_for(number)
+
+    def take(self, rollout_id: int) -> list[Any] | None:
+        """What `generate` gives, of a rollout that was begun ahead: waits only for what is not made yet."""
+        with self._clock.phase("wait_for_rollout"):
+            if rollout_id not in self._making:
+                self._ask_for(rollout_id)
+            shards = self._taken(rollout_id)
+        self._metrics["rollout/ready_ahead"] = num_ready(self._making.values())
         return shards
+
+    def _ask_for(self, rollout_id: int) -> None:
+        self._making[rollout_id] = self._manager.make.remote(rollout_id)
+        self._begun = rollout_id
+
+    def _taken(self, rollout_id: int) -> list[Any] | None:
+        made: MadeRollout
+        (made,) = wait_for({_MANAGER: self._making.pop(rollout_id)}, f"generate rollout {rollout_id}")
+        self._watch.close_bar()
+        self._metrics |= made.metrics
+        self._ledger = made.ledger
+        return made.shards
 
     def train(self, rollout_id: int, shards: list[Any] | None) -> None:
         """Train on the shards; nothing in --debug-rollout-only."""
@@ -278,7 +313,6 @@ class Run:
         with self._clock.phase("sync"):
             self._watch.repairs.start_lost_before_a_sync()
             report = self._synced(self._watch.repairs)
-            write_digests(self.args.run_dir, report.version, report.digests, self._trained)
             self._metrics |= report.metrics()
             self._watch.repairs.admit()
         self._turns.to_generation(self._clock)
@@ -286,12 +320,20 @@ class Run:
     def _synced(self, repairs: Repairs) -> SyncReport:
         for _ in range(_SYNC_RETRIES):
             try:
-                return self._actor.update_weights()  # type: ignore[no-any-return]
+                return self._new_version()
             except RemoteError as error:
                 logger.warning("%s", error)
                 if not repairs.restart_lost():
                     raise
-        return self._actor.update_weights()  # type: ignore[no-any-return]
+        return self._new_version()
+
+    def _new_version(self) -> SyncReport:
+        """The trainer's weights in every engine; requests in flight meet them as --pause-generation-mode says."""
+        self._ask("begin_weight_update", what="hold its requests")
+        report: SyncReport = self._actor.update_weights()
+        write_digests(self.args.run_dir, report.version, report.digests, self._trained)
+        self._ask("end_weight_update", report.version, self._trained + 1, what="let its requests go on")
+        return report
 
     @property
     def missing_evaluation(self) -> int | None:
@@ -307,9 +349,8 @@ class Run:
     def evaluate(self, rollout_id: int) -> None:
         """Run every evaluation task with the weights that the engines hold; -1 is before the first rollout."""
         with self._clock.phase("eval"):
-            self._ask("eval", rollout_id, what="evaluate")
+            self._metrics |= self._ask("eval", rollout_id, what="evaluate")
             self._watch.close_bar()
-            self._metrics |= self._ask("take_metrics", what="give its metrics")
 
     def _show_phase(self, name: str) -> None:
         if self._status is not None and name != "other":
@@ -338,7 +379,10 @@ class Run:
 
     def _write_log(self, rollout_id: int) -> None:
         assert self._log is not None, "a step outside of `with Run(...)`"
-        self._log.step(rollout_id, self._metrics | self._clock.finish(), self._ledger)
+        times = self._clock.finish()
+        if "perf/wait_for_rollout_time" in times and times["perf/step_time"] > 0:
+            times["perf/wait_time_ratio"] = times["perf/wait_for_rollout_time"] / times["perf/step_time"]
+        self._log.step(rollout_id, self._metrics | times, self._ledger)
         self._metrics, self._ledger, self._logged = {}, None, rollout_id
 
     def _ask(self, method: str, *method_args: Any, what: str) -> Any:

@@ -1,7 +1,7 @@
 """Wait for remote calls with a deadline, and name the process that failed, died or did not answer."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import ray
@@ -62,6 +62,12 @@ def wait_for(calls: Mapping[str, Any], what: str, timeout_s: float | None = None
     if failures:
         _raise_the_cause(failures, what)
     return ray.get(list(calls.values()))
+
+
+def num_ready(calls: Iterable[Any]) -> int:
+    """How many of these ObjectRefs are there; waits for none."""
+    refs = list(calls)
+    return len(ray.wait(refs, num_returns=len(refs), timeout=0)[0]) if refs else 0
 
 
 def _look_around(waiting_for: str, what: str) -> None:

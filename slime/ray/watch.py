@@ -15,7 +15,7 @@ from slime.ray.repair import Repairs
 from slime.ray.waiting import RemoteError
 
 _ASK_TIMEOUT_S = 1.0
-_SERVING = ("generate", "eval")
+_SERVING = ("generate", "wait_for_rollout", "eval")
 """Phases that need engines and router, and that can be left at any moment."""
 _SYNCING = "sync"
 """The phase in which a lost engine shows by itself: the sync fails."""

@@ -32,6 +32,7 @@ def make_weight_sync(
         expected_digests=_expected_digests(args, engines),
         bucket_size_bytes=args.update_weight_buffer_size,
         is_sender=rank == 0,
+        pause_mode=args.pause_generation_mode,
     )
 
 

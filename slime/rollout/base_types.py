@@ -18,7 +18,7 @@ class GroupFates:
     dropped: tuple[int | None, ...] = ()
     """By the dynamic filter."""
     discarded: tuple[int | None, ...] = ()
-    """Started and thrown away: the batch was full."""
+    """Started and thrown away: the batch was full, or the group too old (`slime.rollout.staleness`)."""
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The finished groups of one rollout: which are kept, which the dynamic filter dropped, and the counts of both."""
+"""The finished groups of one rollout: which are kept, which were dropped or too old, and the counts of each."""
 
 import logging
 from argparse import Namespace
@@ -13,6 +13,7 @@ from slime.rollout.filter_hub.base_types import (
     call_dynamic_filter,
     should_drop_dynamic_filter_output,
 )
+from slime.rollout.staleness import StalenessCheck
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +25,13 @@ class Outcome(Enum):
 
     KEPT = "kept"
     DROPPED = "dropped"  # by the dynamic filter
+    STALE = "stale"  # made by weights that are too old to be trained on
     SURPLUS = "surplus"  # the batch was full
+
+    @property
+    def is_replaced(self) -> bool:
+        """Whether another group takes its place in the batch."""
+        return self in (Outcome.DROPPED, Outcome.STALE)
 
 
 class Collection:
@@ -36,6 +43,7 @@ class Collection:
         self.kept: list[list[Any]] = []
         self.finished: list[list[Any]] = []
         self.drops = MetricGatherer()
+        self.staleness = StalenessCheck(args, rollout_id)
         self.num_dropped = 0
         self._drawn: list[int | None] = []
         self._outcomes: dict[int, Outcome] = {}
@@ -44,9 +52,19 @@ class Collection:
     def is_full(self) -> bool:
         return len(self.kept) >= int(self.target)
 
+    @property
+    def num_drawn(self) -> int:
+        return len(self._drawn)
+
     def note_drawn(self, groups: list[list[Any]]) -> None:
         """Groups that the data source gave, in the order in which they are started."""
         self._drawn += [group_index(group) for group in groups]
+
+    def give_up(self, group: list[Any]) -> None:
+        """Note a group that is thrown away unfinished, because it will be too old when it is done."""
+        self._outcomes[len(self._drawn)] = Outcome.STALE
+        self._drawn.append(group_index(group))
+        self.staleness.num_discarded += 1
 
     def take(self, number: int, group: list[Any], remaining_batch_size: int) -> Outcome:
         """Filter a finished group and keep it while there is room.
@@ -62,6 +80,8 @@ class Collection:
         size = self.args.n_samples_per_prompt
         assert len(group) == size, f"A group came back with {len(group)} members; --n-samples-per-prompt is {size}."
         self.finished.append(group)
+        if not self.staleness.admits(group):
+            return Outcome.STALE
         output = call_dynamic_filter(self.dynamic_filter, self.args, group)
         if should_drop_dynamic_filter_output(
             output, remaining_batch_size=remaining_batch_size, target_data_size=self.target
@@ -93,12 +113,14 @@ class Collection:
             outcome = self._outcomes.get(number, None if keeps_unfinished else Outcome.SURPLUS)
             if outcome is not None:
                 fates[outcome].append(index)
-        kept, dropped, surplus = fates[Outcome.KEPT], fates[Outcome.DROPPED], fates[Outcome.SURPLUS]
-        return GroupFates(trained=tuple(kept), dropped=tuple(dropped), discarded=tuple(surplus))
+        discarded = fates[Outcome.STALE] + fates[Outcome.SURPLUS]
+        return GroupFates(
+            trained=tuple(fates[Outcome.KEPT]), dropped=tuple(fates[Outcome.DROPPED]), discarded=tuple(discarded)
+        )
 
     def metrics(self, fates: GroupFates) -> dict[str, Any]:
         """Counts for the metrics of the rollout."""
-        metrics: dict[str, Any] = dict(self.drops.collect())
+        metrics: dict[str, Any] = {**self.drops.collect(), **self.staleness.metrics()}
         if fates.discarded:
             metrics["rollout/discarded_groups"] = len(fates.discarded)
         retokenized = sum(bool((sample.metadata or {}).get(RETOKENIZED)) for sample in flatten_samples(self.kept))

@@ -1,15 +1,18 @@
 """Where prompts come from and where unfinished samples go back to: the data buffer between dataset and engines."""
 
+import contextlib
 import inspect
 import logging
+import threading
 from abc import ABC, abstractmethod
 from argparse import Namespace
 from copy import deepcopy
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from slime.rollout.sample_state import from_state, to_state
+from slime.rollout.staleness import weight_clock
 from slime.utils.checkpoint_folder import rollout_state_path
 from slime.utils.data import Dataset
 from slime.utils.durable import partial_path, put_in_place
@@ -24,6 +27,13 @@ Group = list[Sample]
 
 Origin = tuple[int, int]
 """Where a prompt came from: the epoch, and the row of the prompt file (see `Dataset.rows`)."""
+
+
+class Holder(Protocol):
+    """Whoever keeps groups from one rollout to the next, and so knows what a checkpoint must bring back."""
+
+    def state_after(self, rollout_id: int) -> dict[str, Any]:
+        """The source's state with all groups that no rollout up to `rollout_id` has taken."""
 
 
 class DataSource(ABC):
@@ -63,6 +73,9 @@ class RolloutDataSource(DataSource):
     outstanding: dict[int, Origin]
     """Where the groups came from that were handed out and of which no rollout has said yet what became of them, by
     `group_index`; those that wait in a buffer among them."""
+    lock: "threading.RLock"
+    """Held by whoever draws, gives back, or reads counters that belong together, while others may."""
+    holder: Holder | None = None
     _frozen: dict[str, Any] | None = None
 
     def __init__(self, args: Namespace) -> None:
@@ -76,6 +89,7 @@ class RolloutDataSource(DataSource):
             state.setdefault(name, 0)
         state.setdefault("metadata", {})
         state.setdefault("outstanding", {})
+        state.setdefault("lock", threading.RLock())
         if "dataset" not in state:
             self.dataset = self._read_dataset()
 
@@ -183,11 +197,12 @@ class RolloutDataSource(DataSource):
             "sample_index": self.sample_index,
             "metadata": to_state(self.metadata, "metadata"),
             "outstanding": [[group_index, *origin] for group_index, origin in self.outstanding.items()],
+            "trained_by_version": weight_clock().state(),
         }
 
-    def freeze(self) -> None:
-        """Until `thaw`, `save` writes the state of now: a rollout has begun that the checkpoint does not hold."""
-        self._frozen = self.state()
+    def freeze(self, state: dict[str, Any] | None = None) -> None:
+        """Until `thaw`, `save` writes `state`, or that of now: a rollout has begun that the checkpoint does not hold."""
+        self._frozen = self.state() if state is None else state
 
     def thaw(self) -> None:
         """`save` writes the present state again."""
@@ -199,11 +214,12 @@ class RolloutDataSource(DataSource):
             setattr(self, name, int(state.get(name, 0)))
         self.metadata = from_state(state.get("metadata", {}))
         self.outstanding = {group: (epoch, row) for group, epoch, row in state.get("outstanding", [])}
+        weight_clock().restore(state.get("trained_by_version", {}))
         if self.dataset is not None and self.args.rollout_shuffle:
             self.dataset.shuffle(self.epoch_id)
 
     def save(self, rollout_id: int) -> None:
-        """Write `state()`, or what `freeze` kept, to `<save>/rollout/global_dataset_state_dict_<rollout_id>.pt`.
+        """Write `state()`, what `freeze` kept, or what the holder knows, to `<save>/rollout/global_dataset_state_dict_<rollout_id>.pt`.
 
         It is there whole or not at all.
         """
@@ -213,8 +229,13 @@ class RolloutDataSource(DataSource):
 
         path = _state_path(self.args.save, rollout_id)
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(self.state() if self._frozen is None else self._frozen, partial_path(path))
+        torch.save(self._state_to_save(rollout_id), partial_path(path))
         put_in_place(partial_path(path), path)
+
+    def _state_to_save(self, rollout_id: int) -> dict[str, Any]:
+        if self.holder is not None:
+            return self.holder.state_after(rollout_id)
+        return self.state() if self._frozen is None else self._frozen
 
     def load(self, rollout_id: int | None = None) -> None:
         """Continue after `rollout_id` from the state in `<load>`.
@@ -311,6 +332,12 @@ class RolloutDataSourceWithBuffer(RolloutDataSource):
         return len(self.buffer)
 
 
+def exclusive(source: Any) -> contextlib.AbstractContextManager[Any]:
+    """Hold a source's lock, where it has one: a class of a user's own is trusted to care for itself."""
+    lock: contextlib.AbstractContextManager[Any] = getattr(source, "lock", None) or contextlib.nullcontext()
+    return lock
+
+
 def pop_first(args: Namespace, rollout_id: int | None, buffer: list[Group], num_samples: int) -> list[Group]:
     """Oldest groups first; what is returned leaves the buffer."""
     chosen = buffer[:num_samples]
@@ -350,9 +377,11 @@ class _PlainDataSource(RolloutDataSourceWithBuffer):
                 setattr(source, name, value)
 
     def get_samples(self, num_samples: int) -> list[Group]:
-        """What the class returns; single samples become groups with indices."""
-        groups = []
-        for item in self.source.get_samples(num_samples):
+        """What the class returns; single samples become groups with indices. Groups of a checkpoint come first."""
+        groups, self.buffer[:num_samples] = self.buffer[:num_samples], []
+        if len(groups) == num_samples:
+            return groups
+        for item in self.source.get_samples(num_samples - len(groups)):
             groups.append(self._make_group(item) if isinstance(item, Sample) else item)
         return groups
 

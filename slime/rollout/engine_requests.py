@@ -94,8 +94,12 @@ def _routing_headers(args: Namespace, sample: Sample) -> dict[str, str] | None:
     return {ROUTING_KEY: sample.session_id}
 
 
-def take_reply(args: Namespace, sample: Sample, reply: Any) -> None:
+def take_reply(args: Namespace, sample: Sample, reply: Any, version_before: str | None = None) -> None:
     """Append an engine's reply to `sample`.
+
+    Args:
+        version_before: the version that engines held when the request went out. An engine that tells only the version
+            that ended the reply may have begun it with this one, so then all its tokens count as made by it.
 
     Raises:
         ValueError: it is no reply of `/generate`, or its log-probs and tokens are not as many.
@@ -107,6 +111,9 @@ def take_reply(args: Namespace, sample: Sample, reply: Any) -> None:
     log_probs = [entry[0] for entry in token_log_probs]
     tokens = [entry[1] for entry in token_log_probs]
     _check_counts(sample, reply, meta_info, tokens)
+    if version_before not in (None, str(meta_info.get("weight_version"))) and "weight_versions" not in meta_info:
+        spans = [{"version": version_before, "start": 0, "end": len(tokens)}]
+        meta_info = {**meta_info, "weight_versions": spans}
     sample.append_response_tokens(
         args, tokens=tokens, log_probs=log_probs, meta_info=meta_info, text=reply.get("text", "")
     )

@@ -5,6 +5,7 @@ from typing import Any
 
 from slime.observability.ledger import Entry
 from slime.rollout.base_types import GroupFates, RolloutFnTrainOutput, flatten_samples
+from slime.rollout.data_source import exclusive
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +27,11 @@ def take_ledger_line(source: Any, rollout_id: int, output: RolloutFnTrainOutput)
     if fates is None:
         indices = (sample.group_index for sample in flatten_samples(output.samples))
         fates = GroupFates(trained=tuple(dict.fromkeys(indices)))
+    with exclusive(source):
+        return _line(source, rollout_id, fates)
+
+
+def _line(source: Any, rollout_id: int, fates: GroupFates) -> dict[str, Any]:
     outstanding = getattr(source, "outstanding", {})
 
     def entries(indices: tuple[int | None, ...]) -> list[Entry]:

@@ -33,6 +33,7 @@ from slime.rollout.sampling import (
     sample_seed,
     session_id,
 )
+from slime.rollout.staleness import weight_clock
 from slime.utils.api_key import is_own_server
 from slime.utils.async_utils import run
 from slime.utils.data import Dataset
@@ -136,9 +137,10 @@ async def generate(args: Namespace, sample: Sample, sampling_params: dict[str, A
     request = prepare_request(args, sample, sampling_params, state.tokenizer, state.processor)
     if request is None:
         return sample
+    version = weight_clock().current
     with trace_span(sample, "sglang_generate") as span:
         reply = await post(get_model_url(args), request.payload, headers=request.headers)
-        take_reply(args, sample, reply)
+        take_reply(args, sample, reply, version)
         span.update(build_sglang_meta_trace_attrs(reply["meta_info"]))
     return sample
 
@@ -170,9 +172,24 @@ async def generate_and_rm(
             sample.status = Sample.Status.ABORTED
             return sample  # type: ignore[no-any-return]
         with state.dp_rank_context():
-            result = await _generate_by_any_function(args, state, sample, sampling_params, evaluation)
+            result = await _generate_across_updates(args, state, sample, sampling_params, evaluation)
     result = await apply_rollout_sample_hooks(args, result, evaluation=evaluation)
     return result if is_group_rm else await _reward(args, result)  # type: ignore[no-any-return]
+
+
+async def _generate_across_updates(
+    args: Namespace, state: GenerateState, sample: Sample, sampling_params: dict[str, Any], evaluation: bool
+) -> Any:
+    """Generate, and go on where new weights cut the sample (--pause-generation-mode abort): with the tokens it has."""
+    while True:
+        clock = weight_clock()
+        num_updates = await clock.settled()
+        result = await _generate_by_any_function(args, state, sample, sampling_params, evaluation)
+        has_met_update = clock.is_updating or clock.num_updates > num_updates
+        is_cut = isinstance(result, Sample) and result.status == Sample.Status.ABORTED
+        if state.aborted or not (is_cut and has_met_update):
+            return result
+        sample = result
 
 
 async def _generate_by_any_function(
@@ -292,7 +309,7 @@ async def generate_rollout_async(
                 for task in await _next_finished(state.pendings, in_order=is_deterministic(args)):
                     state.pendings.discard(task)
                     outcome = collection.take(_task_number(task), task.result(), state.remaining_batch_size)
-                    state.remaining_batch_size -= outcome is Outcome.DROPPED
+                    state.remaining_batch_size -= outcome.is_replaced
                     bar.update(int(outcome is Outcome.KEPT))
         aborted = await abort(args, rollout_id)
     except BaseException:

@@ -10,6 +10,7 @@ from typing import Any
 
 from slime.rollout import sglang_rollout
 from slime.rollout.engine_requests import prepare_request, take_reply
+from slime.rollout.staleness import weight_clock
 from slime.utils.http_utils import stream_post
 from slime.utils.types import Sample
 
@@ -20,7 +21,7 @@ async def generate_streaming(args: Namespace, sample: Sample, sampling_params: d
     request = prepare_request(args, sample, sampling_params, state.tokenizer, state.processor)
     if request is None:
         return sample
-    before = copy.copy(vars(sample))
+    before, version = copy.copy(vars(sample)), weight_clock().current
     finish_reason = None
     url = sglang_rollout.get_model_url(args)
     async with aclosing(stream_post(url, request.payload | {"stream": True}, headers=request.headers)) as events:
@@ -31,7 +32,7 @@ async def generate_streaming(args: Namespace, sample: Sample, sampling_params: d
                 )
             # Each event holds everything since the request began: start again from the state before it.
             _reset(sample, before)
-            take_reply(args, sample, reply)
+            take_reply(args, sample, reply, version)
             finish_reason = reply["meta_info"]["finish_reason"]
             if state.aborted:
                 break

@@ -36,6 +36,48 @@ def weight_versions(meta_info: dict[str, Any]) -> list[str]:
     return [] if version is None else [str(version)]
 
 
+SPANS = "weight_version_spans"
+"""Key in `Sample.metadata` of samples with more than one version: [[version, response tokens], ...] in order."""
+
+
+def version_spans(sample: "Sample") -> list[tuple[str, int, int]]:
+    """(version, start, end) of stretches of the response, in order; [] where no version is known.
+
+    Where only the versions are known and not which token is whose, all tokens count as the first one's.
+    """
+    if not sample.weight_versions:
+        return []
+    spans, start = [], 0
+    for version, count in (sample.metadata or {}).get(SPANS) or [[sample.weight_versions[0], sample.response_length]]:
+        end = min(start + int(count), sample.response_length)
+        spans.append((str(version), start, end))
+        start = end
+    version, start, _ = spans[-1]
+    return [*spans[:-1], (version, start, sample.response_length)]  # tokens of tools after the last reply
+
+
+def note_versions(sample: "Sample", meta_info: dict[str, Any], num_new: int) -> None:
+    """Add the versions that made the last `num_new` tokens; which token is whose is kept where they differ."""
+    held = [[version, end - start] for version, start, end in version_spans(sample)]
+    made = _counted_versions(meta_info, num_new)
+    if held:
+        held[-1][1] -= num_new  # `version_spans` gave them to the last version that was known
+    elif made:
+        made[0][1] += sample.response_length - num_new
+    sample.weight_versions = list(sample.weight_versions) + weight_versions(meta_info)
+    if len(set(sample.weight_versions)) > 1:
+        sample.metadata = {**(sample.metadata or {}), SPANS: [span for span in [*held, *made] if span[1] > 0]}
+
+
+def _counted_versions(meta_info: dict[str, Any], num_new: int) -> list[list[Any]]:
+    spans = meta_info.get("weight_versions") or []
+    counted = [[str(span["version"]), int(span["end"]) - int(span["start"])] for span in spans]
+    if counted:
+        return counted
+    version = meta_info.get("weight_version")
+    return [] if version is None else [[str(version), num_new]]
+
+
 def changes(
     sample: "Sample", args: Namespace | None, meta_info: dict[str, Any], new_tokens: list[int]
 ) -> dict[str, Any]:

@@ -194,7 +194,7 @@ class Sample:
         for name, value in changes.items():
             setattr(self, name, value)
         if update_terminal_info and meta_info and "finish_reason" in meta_info:
-            self._take_terminal_info(args, meta_info)
+            self._take_terminal_info(args, meta_info, n)
 
     def _check_append(self, tokens: list[int], log_probs: list[float] | None, trainable: bool) -> None:
         for name in ("loss_mask", "rollout_log_probs"):
@@ -215,11 +215,11 @@ class Sample:
                 "follow. Append all tokens with append_response_tokens, or set rollout_log_probs first."
             )
 
-    def _take_terminal_info(self, args: Namespace | None, meta_info: dict[str, Any]) -> None:
+    def _take_terminal_info(self, args: Namespace | None, meta_info: dict[str, Any], num_new: int) -> None:
         if args is not None and getattr(args, "sglang_speculative_algorithm", None):
             self.spec_info.add(meta_info)
         self.prefix_cache_info.add(meta_info)
-        self.weight_versions = list(self.weight_versions) + response_meta.weight_versions(meta_info)
+        response_meta.note_versions(self, meta_info, num_new)
         kind = (meta_info["finish_reason"] or {}).get("type")
         by_finish = {
             "length": Sample.Status.TRUNCATED,

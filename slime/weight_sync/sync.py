@@ -141,7 +141,8 @@ class WeightSync:
         digests = self._expected_digests()
         with _phase(report, "pause"):
             self._on_all(lambda engine: engine.pause(self._pause_mode))
-            self._on_all(lambda engine: engine.flush_cache())
+            if self._pause_mode != "in_place":  # frozen requests keep their keys and values, and an engine its cache
+                self._on_all(lambda engine: engine.flush_cache())
         while True:
             with _phase(report, "gather"):
                 bucket = next(buckets, None)

@@ -95,8 +95,9 @@ class SGLangClient:
         self._post("/resume_memory_occupation", {} if tags is None else {"tags": list(tags)})
 
     def update_weights_from_disk(self, path: str, version: str) -> None:
-        """Load a HuggingFace folder that the engine's host sees under `path`."""
-        self._post("/update_weights_from_disk", {"model_path": path, "weight_version": version})
+        """Load a HuggingFace folder that the engine's host sees under `path`; its cache is left to `flush_cache`."""
+        request = {"model_path": path, "weight_version": version, "flush_cache": False}
+        self._post("/update_weights_from_disk", request)
 
     def update_weights_from_shared_memory(self, manifest: dict[str, Any]) -> None:
         """Hand over one bucket through a file in memory (embedded engine only)."""

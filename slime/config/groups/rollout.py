@@ -125,5 +125,11 @@ class AsyncConfig:
     """Asynchronous loop."""
 
     async_buffer_size: int = 1
-    """Rollouts kept ready ahead of training (train_async.py); samples are at most this plus
-    --update-weights-interval rollouts old."""
+    """Rollouts kept ready ahead of training (train_async.py and the fully asynchronous rollout); samples are at most
+    this plus --update-weights-interval rollouts old."""
+    stale_samples: Literal["discard", "mask", "wait"] = "discard"
+    """What becomes of a group that would be older: thrown away, its old tokens out of the loss, or waited for before it
+    is (wait: fully asynchronous rollout only; elsewhere as discard). All are counted."""
+    pause_generation_mode: Literal["abort", "retract", "in_place"] = "abort"
+    """What new weights do to requests in flight: end them and send them again with what they have, queue them again in
+    the engine, or freeze them, so that they go on with keys and values of the older weights."""

@@ -35,6 +35,44 @@ def asynchronous_does_not_colocate(config: Config) -> None:
         )
 
 
+def groups_in_flight_keep_their_engines(config: Config) -> None:
+    """Engines that give their memory back between rollouts can keep nothing in flight."""
+    cluster = config.cluster
+    gives_back = cluster.colocate or cluster.offload or cluster.offload_rollout
+    if config.is_fully_async and gives_back and not config.skips_engines:
+        raise ConfigError(
+            "--rollout-function-path with the fully asynchronous rollout keeps groups in flight while training runs, "
+            "but --colocate and --offload-rollout take the engines' memory then; drop them and give the engines "
+            "devices of their own with --rollout-num-gpus"
+        )
+
+
+def overlap_is_not_deterministic(config: Config) -> None:
+    """Which weights make which token depends on when they arrive, which is never the same in two runs."""
+    flag = _deterministic_flag(config)
+    if flag is None:
+        return
+    if config.loop == "async" or config.is_fully_async:
+        raise ConfigError(
+            f"{flag} cannot hold where generation runs while weights change: which version makes a token is a matter "
+            f"of timing; drop {flag}, or use train.py with the default rollout"
+        )
+    if config.asynchronous.pause_generation_mode == "retract":
+        raise ConfigError(
+            f"--pause-generation-mode retract computes replies again as if they were prompts, which gives other bits "
+            f"than {flag} promises; use abort"
+        )
+
+
+def what_is_waited_for_stays_in_flight(config: Config) -> None:
+    """Only the fully asynchronous rollout has groups that it could wait for."""
+    if config.asynchronous.stale_samples == "wait" and config.rollout.partial_rollout and not config.is_fully_async:
+        raise ConfigError(
+            "--stale-samples wait cannot bound the age of --partial-rollout's groups, which are not in flight between "
+            "rollouts; use discard or mask"
+        )
+
+
 def debug_modes_exclude_each_other(config: Config) -> None:
     """A run generates only or trains only."""
     if config.debug.debug_rollout_only and config.skips_engines:
@@ -123,23 +161,31 @@ def flops_balance_needs_dynamic_batches(config: Config) -> None:
 
 def deterministic_samples_are_whole(config: Config) -> None:
     """Where an aborted sample stops is a matter of timing, so what continues it cannot be the same in every run."""
-    if not config.rollout.partial_rollout:
-        return
+    if config.rollout.partial_rollout and (flag := _deterministic_flag(config)):
+        raise ConfigError(
+            f"--partial-rollout continues samples where an abort cut them, which is a matter of timing and so "
+            f"never the same in two runs with {flag}; drop one of them"
+        )
+
+
+def _deterministic_flag(config: Config) -> str | None:
+    """The flag that asks for the same bits in every run, if one does."""
     for flag, values in (
         ("--deterministic-mode", config.megatron),
         ("--sglang-enable-deterministic-inference", config.sglang),
     ):
         if values.get(flag.removeprefix("--").replace("-", "_")):
-            raise ConfigError(
-                f"--partial-rollout continues samples where an abort cut them, which is a matter of timing and so "
-                f"never the same in two runs with {flag}; drop one of them"
-            )
+            return flag
+    return None
 
 
 RULES = (
     device_exists,
     sglang_is_installed,
     asynchronous_does_not_colocate,
+    groups_in_flight_keep_their_engines,
+    overlap_is_not_deterministic,
+    what_is_waited_for_stays_in_flight,
     debug_modes_exclude_each_other,
     dumps_do_not_overwrite_each_other,
     pipeline_divides_the_engine,
