@@ -1,4 +1,4 @@
-"""Reinforcement learning in which generation runs ahead: rollouts are made while the ones before them are trained on."""
+"""Reinforcement learning with generation ahead of training: rollouts are made while earlier ones are trained on."""
 
 from argparse import Namespace
 
@@ -6,7 +6,7 @@ from slime.arguments import parse_args
 
 
 def train(args: Namespace) -> None:
-    """Run `args.num_rollout` steps; no sample is older than `--async-buffer-size` + `--update-weights-interval` of them."""
+    """Run `args.num_rollout` steps; no sample is more than `args.max_staleness` of them older than what it trains."""
     from slime.ray.run import Run
 
     with Run(args) as run:

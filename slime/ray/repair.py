@@ -131,7 +131,7 @@ class Repairs:
             logger.info("%s serves again at %s with the current weights", record.name, record.url)
 
     def _bring_to_one_version(self, restarted: list[Any]) -> None:
-        """Restarted engines get the version that the others have; if the trainer has left it behind, all get the next."""
+        """Restarted engines get the version that the others have; if the trainer is further, all get the next one."""
         if not self._trainer.has_trained_since_sync:
             self._trainer.connect_engines(restarted)
             self._trainer.send_weights_again()

@@ -140,9 +140,9 @@ class RolloutController(Pulse):
         """New weights are about to go out. Requests wait until `end_weight_update`; with --pause-generation-mode abort
         those in flight are ended first, and go on from what they have."""
         weight_clock().begin_update()
-        if self._engines is not None and self.args.max_staleness is not None:
-            if self.args.pause_generation_mode == "abort":
-                run(abort_servers_until_idle([record.url for record in self._engines.records]))
+        ends_requests = self.args.max_staleness is not None and self.args.pause_generation_mode == "abort"
+        if self._engines is not None and ends_requests:
+            run(abort_servers_until_idle([record.url for record in self._engines.records]))
 
     def end_weight_update(self, version: int, trained: int) -> None:
         """All engines hold `version`, into which `trained` rollouts were trained."""
@@ -177,9 +177,9 @@ class RolloutController(Pulse):
         return [Box(ray.put(shard)) for shard in shards]
 
     def eval(self, rollout_id: int) -> dict[str, Any]:
-        """Evaluate on every task with the weights the engines hold; the metrics. -1 stands for before the first rollout.
+        """Evaluate on every task with the weights the engines hold; -1 stands for before the first rollout.
 
-        It waits for the rollout that is being made, and the next one waits for it.
+        It waits for the rollout that is being made, and the next one waits for it. Returns the metrics.
         """
         if self.args.debug_train_only:
             return {}

@@ -201,7 +201,7 @@ class RolloutDataSource(DataSource):
         }
 
     def freeze(self, state: dict[str, Any] | None = None) -> None:
-        """Until `thaw`, `save` writes `state`, or that of now: a rollout has begun that the checkpoint does not hold."""
+        """Until `thaw`, `save` writes `state`, or that of now: the checkpoint is of before a rollout that has begun."""
         self._frozen = self.state() if state is None else state
 
     def thaw(self) -> None:
@@ -219,7 +219,8 @@ class RolloutDataSource(DataSource):
             self.dataset.shuffle(self.epoch_id)
 
     def save(self, rollout_id: int) -> None:
-        """Write `state()`, what `freeze` kept, or what the holder knows, to `<save>/rollout/global_dataset_state_dict_<rollout_id>.pt`.
+        """Write the state to `<save>/rollout/global_dataset_state_dict_<rollout_id>.pt`: the present one, what `freeze`
+        kept, or what the holder knows.
 
         It is there whole or not at all.
         """

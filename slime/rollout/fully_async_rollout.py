@@ -2,9 +2,9 @@
 
 `--rollout-function-path slime.rollout.fully_async_rollout.generate_rollout_fully_async`. A rollout is the first
 `--rollout-batch-size` groups that are done, those of the oldest weights first; what is unfinished goes on, through new
-weights too. The pool is bounded: it holds --async-buffer-size rollouts, in flight or ready, and besides them groups that
-are later than they should be. None is trained that is more than --async-buffer-size + --update-weights-interval
-rollouts old; what becomes of a group that would be is said by --stale-samples.
+weights too. The pool is bounded: it holds --async-buffer-size rollouts, in flight or ready, and beside them groups that
+are late. None is trained that is more than --async-buffer-size + --update-weights-interval rollouts old; what becomes
+of a group that would be is said by --stale-samples.
 """
 
 import asyncio
@@ -247,14 +247,16 @@ class AsyncRolloutWorker:
 
     def _fits(self, flight: _Flight, collection: Collection) -> bool:
         """--stale-samples wait keeps places free for groups in flight that will be too old for the next rollout."""
-        places = collection.target - len(collection.kept)
+        places: int = collection.target - len(collection.kept)
         if self._policy == "wait" and not self._is_due(flight, collection.rollout_id + 1):
             places -= sum(self._is_due(other, collection.rollout_id + 1) for other in self._pool.in_flight)
         return places > 0
 
     def _is_due(self, flight: _Flight, rollout_id: int) -> bool:
-        """Whether the group is too old to be trained in `rollout_id`."""
-        return self._limit is not None and rollout_id - flight.made_from > self._limit
+        """Whether the group is too old to be trained in `rollout_id`; never where no weights are ever sent."""
+        if self._limit is None or weight_clock().current is None:
+            return False
+        return rollout_id - flight.made_from > self._limit
 
     def _give_up_what_is_due(self, collection: Collection) -> None:
         """End groups in flight that will be too old whenever they are done; they count as discarded."""

@@ -58,7 +58,7 @@ def version_spans(sample: "Sample") -> list[tuple[str, int, int]]:
 
 def note_versions(sample: "Sample", meta_info: dict[str, Any], num_new: int) -> None:
     """Add the versions that made the last `num_new` tokens; which token is whose is kept where they differ."""
-    held = [[version, end - start] for version, start, end in version_spans(sample)]
+    held: list[list[Any]] = [[version, end - start] for version, start, end in version_spans(sample)]
     made = _counted_versions(meta_info, num_new)
     if held:
         held[-1][1] -= num_new  # `version_spans` gave them to the last version that was known

@@ -31,9 +31,9 @@ FIELDS_OF_MEGATRON = {"clip_grad"}  # reaches the trainer through megatron_field
 def test_an_unbuilt_flag_ends_the_start_with_what_to_do_instead(
     files: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    message = refusal(right_command_line(files, "--streaming-data --async-buffer-size 4"), capsys)
+    message = refusal(right_command_line(files, "--streaming-data --num-data-workers 4"), capsys)
     assert "--streaming-data is not built yet" in message
-    assert "--async-buffer-size 4 is not built yet" in message
+    assert "--num-data-workers 4 is not built yet" in message
 
 
 def test_a_key_is_not_shown(files: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,8 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+from slime.config.config import FULLY_ASYNC_ROLLOUT
+
 BASE = {
     "--hf-checkpoint": "{model}",
     "--prompt-data": "{data}",
@@ -264,6 +266,13 @@ WRONG_COMMAND_LINES = (
           "--microbatch-group-size-per-vp-stage 1", "--microbatch-group-size-per-vp-stage 1", "use 2 or more"),
     Wrong("fp16 on a CPU", "--fp16", "--fp16", "drop the flag"),
     Wrong("turns in the asynchronous loop", "--colocate", "--colocate", "use train.py", loop="async"),
+    Wrong("turns with groups in flight", f"--colocate --rollout-function-path {FULLY_ASYNC_ROLLOUT}",
+          "--rollout-function-path", "--rollout-num-gpus"),
+    Wrong("overlap with the same bits", "--deterministic-mode", "--deterministic-mode", "use train.py", loop="async"),
+    Wrong("retraction with the same bits", "--deterministic-mode --pause-generation-mode retract",
+          "--pause-generation-mode", "use abort"),
+    Wrong("waiting for what is not in flight", "--partial-rollout --stale-samples wait", "--stale-samples wait",
+          "use discard or mask", loop="async"),
     Wrong("full recomputation without its blocks", "--recompute-granularity full", "--recompute-granularity",
           "--recompute-method uniform"),
     # the algorithm

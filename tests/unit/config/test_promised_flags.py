@@ -28,7 +28,9 @@ def test_the_other_flags_of_slimes_own_are_these() -> None:
     assert set(OWN) - {name for name, _, _ in LINES} == {
         "--allow-pickle-checkpoints",
         "--liveness-timeout",
+        "--pause-generation-mode",
         "--share-group-prompts",
+        "--stale-samples",
         "--trust-remote-code",
     }
 

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slime.config import Config, ConfigError, Files, Machine, Plan, resolve
+from slime.config.config import FULLY_ASYNC_ROLLOUT
 from slime.config.eval_datasets import EvalDatasetConfig
 from slime.config.files import CheckpointKind
 from tests.unit.arguments.wrong_command_lines import TINY_QWEN3
@@ -279,6 +280,30 @@ def test_engines_that_gave_their_memory_back_need_the_weights_every_rollout() ->
     note = "weights go out every rollout: engines that gave their memory back need them"
     assert any(note in text for text in plan(colocate=True, update_weights_interval=2).notes)
     assert not any(note in text for text in plan(update_weights_interval=2).notes)
+
+
+@pytest.mark.parametrize(
+    ("loop", "function", "ahead", "limit"),
+    [
+        ("sync", None, 0, None),
+        ("sync", FULLY_ASYNC_ROLLOUT, 0, 6),
+        ("async", None, 4, 6),
+        ("async", FULLY_ASYNC_ROLLOUT, 0, 6),
+    ],
+)
+def test_how_far_generation_runs_ahead_bounds_the_age_of_samples(
+    loop: Any, function: Any, ahead: int, limit: Any
+) -> None:
+    said: dict[str, Any] = {"rollout_function_path": function} if function else {}
+    p = plan(loop=loop, async_buffer_size=4, update_weights_interval=2, **said)
+    assert (p.updates["rollouts_ahead"], p.updates["max_staleness"]) == (ahead, limit)
+    assert p.updates["eval_function_path"] == "slime.rollout.sglang_rollout.generate_rollout"
+
+
+def test_a_buffer_that_nothing_fills_is_noted() -> None:
+    note = "--async-buffer-size 4 has no effect in train.py"
+    assert any(note in text for text in plan(async_buffer_size=4).notes)
+    assert not any(note in text for text in plan(loop="async", async_buffer_size=4).notes)
 
 
 def test_what_the_user_said_is_kept_beside_what_was_derived() -> None:

@@ -79,7 +79,10 @@ def test_a_step_cannot_end_inside_a_phase() -> None:
 
 
 def test_an_unknown_phase_is_an_error_that_lists_the_known() -> None:
-    with pytest.raises(ValueError, match=r"'trian'; known: generate, train"), StepClock().phase("trian"):
+    with (
+        pytest.raises(ValueError, match=r"'trian'; known: generate, wait_for_rollout, train"),
+        StepClock().phase("trian"),
+    ):
         pass
 
 

@@ -32,6 +32,7 @@ class Called:
 
 class Trainer(Called):
     weight_version = 7
+    has_trained_since_sync = False
 
 
 DEAD = "engine 1 (http://127.0.0.1:1) was killed by SIGKILL at 10:11:12.\nLast lines"
@@ -59,6 +60,19 @@ def test_an_engine_is_back_with_the_current_weights_before_it_takes_requests(cal
     assert calls == [
         "dead_servers", "restart_servers", ("connect_engines", [RECORD]), "send_weights_again", "engine_records",
         ("connect_engines", ["all"]), "admit_engines",
+    ]  # fmt: skip
+
+
+def test_where_the_trainer_has_left_the_engines_version_behind_all_get_the_next(calls: list[Any]) -> None:
+    """Else engines of one version would hold different weights."""
+    trainer = Trainer(calls, {})
+    trainer.has_trained_since_sync = True
+    manager = Called(calls, {"dead_servers": [[DEAD]], "restart_servers": [[RECORD]], "engine_records": ["all"]})
+    arguments = Namespace(use_fault_tolerance=True)
+    Repairs(arguments, manager, trainer, new_version=lambda: calls.append("new version")).look()
+    assert calls == [
+        "dead_servers", "restart_servers", "engine_records", ("connect_engines", ["all"]), "new version",
+        "admit_engines",
     ]  # fmt: skip
 
 

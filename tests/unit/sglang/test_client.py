@@ -38,7 +38,7 @@ def test_it_is_what_the_framework_calls_an_engine_client(client):
         (
             lambda c: c.update_weights_from_disk("/w", "3"),
             "/update_weights_from_disk",
-            {"model_path": "/w", "weight_version": "3"},
+            {"model_path": "/w", "weight_version": "3", "flush_cache": False},
         ),
         (lambda c: c.update_weights_from_shared_memory({}), "/update_weights_from_shared_memory", {}),
         (
