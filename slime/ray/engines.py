@@ -25,6 +25,7 @@ from slime.ray.engine_actor import EngineActor, EngineRecord
 from slime.ray.health import HealthMonitor
 from slime.ray.liveness import THREADS, Liveness
 from slime.ray.waiting import wait_for
+from slime.rollout.staleness import weight_clock
 from slime.utils.processes import ServerProcess, free_port
 from slime.weight_sync.base import EngineError
 from slime.weight_sync.transports import shared_memory_folder
@@ -93,7 +94,8 @@ class Engines:
         self._router: ServerProcess | None = None
         self._router_url = ""
         self._router_silence: str | None = None
-        self._is_serving = False
+        self._num_serving = 0
+        self._serving_lock = threading.Lock()
         self._lock = threading.RLock()
         self._starting: dict[str, Any] = {}
 
@@ -152,17 +154,19 @@ class Engines:
                 f"{slot.spec.url}/server_info",
                 give_up,
                 patience=_SCHEDULER_PATIENCE,
-                when=lambda: self._is_serving,
+                when=lambda: self._num_serving > 0 and not weight_clock().is_updating,
             )
 
     @contextlib.contextmanager
     def serving(self) -> Iterator[None]:
-        """Inside, engines have to generate: a scheduler's silence is no work on weights or memory."""
-        self._is_serving = True
+        """Inside, and while no weights are on their way, engines generate: the silence of a scheduler is no work."""
+        with self._serving_lock:
+            self._num_serving += 1
         try:
             yield
         finally:
-            self._is_serving = False
+            with self._serving_lock:
+                self._num_serving -= 1
 
     def admit(self) -> None:
         """Let the router send requests to every engine that serves and that it does not know yet."""
