@@ -44,3 +44,18 @@ def test_an_address_without_a_cluster_is_refused_at_once(
     monkeypatch.setenv("RAY_ADDRESS", address)
     with pytest.raises(ConfigError, match=message):
         cluster.start(Namespace(device="cpu"))
+
+
+def test_the_key_reaches_actors_of_a_cluster_with_the_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: dict[str, object] = {}
+    monkeypatch.setattr(cluster.ray, "init", lambda **given: told.update(given))
+    monkeypatch.setattr(cluster.ray, "cluster_resources", lambda: {"GPU": 1.0})
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    monkeypatch.setenv("SLIME_API_KEY", "secret")
+    args = Namespace(
+        device="cuda", sglang_api_key=None, actor_num_nodes=1, actor_num_gpus_per_node=1, rollout_num_gpus=1,
+        colocate=True, debug_train_only=False, debug_rollout_only=False,
+    )  # fmt: skip
+    cluster.start(args)
+    assert args.sglang_api_key == "secret"
+    assert "secret" not in str(told)

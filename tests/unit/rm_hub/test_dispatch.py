@@ -283,7 +283,9 @@ async def test_a_refused_request_is_not_repeated(service: RewardService, no_paus
 
 async def test_giving_up_names_the_service_the_attempts_and_the_last_error(no_pauses: list[float]) -> None:
     args = Namespace(rm_url="http://127.0.0.1:9/reward")
-    with pytest.raises(RuntimeError, match=r"http://127\.0\.0\.1:9/reward gave no reward in 3 attempts .*Connect call failed"):
+    with pytest.raises(
+        RuntimeError, match=r"http://127\.0\.0\.1:9/reward gave no reward in 3 attempts .*Connect call failed"
+    ):
         await remote_rm(args, a_sample(), max_retries=3)
     assert len(no_pauses) == 2
 
