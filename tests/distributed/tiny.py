@@ -86,6 +86,7 @@ _OTHERS = {
     "ddp_bucket_size", "recompute_modules",
     "async_save", "keep_last", "ckpt_step", "ref_ckpt_step", "allow_pickle_checkpoints",
     "use_checkpoint_opt_param_scheduler", "lr_decay_iters",
+    "use_pytorch_profiler", "profile_target", "profile_step_start", "profile_step_end", "profile_ranks", "run_dir",
 }  # fmt: skip
 
 

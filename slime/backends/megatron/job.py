@@ -22,6 +22,7 @@ from slime.backends.megatron.memory import TrainingMemory
 from slime.backends.megatron.microbatches import Packer, TrainStep, local_rollout, train_steps
 from slime.backends.megatron.model import build_models, unwrap
 from slime.backends.megatron.passes import compute_log_probs, forward_backward
+from slime.backends.megatron.profiling import MemoryHistory, Profiler
 from slime.backends.megatron.reference import HostWeights
 from slime.backends.megatron.roll_call import RollCall
 from slime.backends.megatron.stopwatch import Stopwatch
@@ -51,6 +52,7 @@ class TrainingJob:
         master_port: int,
     ) -> None:
         self.args, self.rank, self.world_size = args, rank, world_size
+        self.memory_history = MemoryHistory(args, rank)
         parallel.initialize(args, accelerator, rank, world_size, master_addr, master_port)
         self.roll_call = RollCall(master_addr, master_port, rank, world_size)
         if path := getattr(args, "custom_megatron_init_path", None):
@@ -71,7 +73,8 @@ class TrainingJob:
         self._device = accelerator.device
         self._packer = Packer(args, self.parallel_config, accelerator.device)
         self._loss_function = get_loss_function(args)
-        self._stopwatch = Stopwatch(accelerator)
+        self.profiler = Profiler(args, rank, accelerator)
+        self._stopwatch = Stopwatch(accelerator, self.profiler)
 
     def _tell_schedules(self) -> None:
         """How Megatron's schedules scale gradients, sum them, and hold them back until the last micro-batch."""

@@ -8,13 +8,14 @@ import torch
 import torch.distributed as dist
 
 from slime.backends.megatron.accelerator import Accelerator
+from slime.backends.megatron.profiling import Profiler
 
 
 class Stopwatch:
-    """Sums the seconds of named parts; the device has finished a part before it ends."""
+    """Sums the seconds of named parts, of which the profiler hears; the device has finished a part before it ends."""
 
-    def __init__(self, accelerator: Accelerator) -> None:
-        self._accelerator = accelerator
+    def __init__(self, accelerator: Accelerator, profiler: Profiler) -> None:
+        self._accelerator, self._profiler = accelerator, profiler
         self._seconds: dict[str, float] = {}
 
     def reset(self) -> None:
@@ -24,8 +25,9 @@ class Stopwatch:
     def timed(self, name: str) -> Iterator[None]:
         self._accelerator.synchronize()
         start = time.perf_counter()
-        yield
-        self._accelerator.synchronize()
+        with self._profiler.part(name):
+            yield
+            self._accelerator.synchronize()
         self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
 
     def metrics(self, num_tokens: int, ranks_per_replica: int) -> dict[str, float]:

@@ -89,8 +89,10 @@ class MegatronTrainer:
             FloatingPointError: a gradient that is not finite, before it reaches the weights.
             RuntimeError: other ranks did not come; names them. (So does every verb in which ranks wait.)
         """
-        with self.job.roll_call.during(f"train on rollout {rollout_id}"):
-            return self.job.train(rollout_id, shard)
+        with self.job.roll_call.during(f"train on rollout {rollout_id}"), self.job.profiler.rollout(rollout_id):
+            metrics = self.job.train(rollout_id, shard)
+        self.job.memory_history.trained(rollout_id)
+        return metrics
 
     def weights(self) -> WeightSource:
         """The live weights under HuggingFace names."""

@@ -70,16 +70,25 @@ class DebugConfig:
     """Saved samples for slime.rollout.forge_load."""
     dump_details: str | None = None
     """Folder for everything that can be saved: samples and training data of each rollout, the tokenizer."""
+    record_memory_history: bool = False
+    """Record what the trainer's CUDA allocator does, and write a snapshot of it when memory runs out, or after
+    --memory-snapshot-num-steps rollouts."""
     memory_snapshot_dir: str = "."
     """Folder for memory snapshots."""
     memory_snapshot_num_steps: int | None = None
-    """Steps after which a memory snapshot is written."""
+    """Rollouts after which a memory snapshot is written and recording ends."""
     memory_recorder: Literal["torch", "memray"] = "torch"
     """What records them."""
-    record_memory_history: bool = False
-    """Record the allocator's history for memory snapshots."""
+    use_pytorch_profiler: bool = False
+    """Write traces of the trainer to <output-dir>/<run-name>/profile, for the rollouts from --profile-step-start on."""
     profile_target: list[Literal["train_overall", "train_actor", "train_log_probs"]] = flag(["train_overall"])
-    """Parts of a step to profile."""
+    """What a trace is of: all training on a rollout, the optimizer steps alone, the log-prob passes alone."""
+    profile_step_start: int = 10
+    """First rollout that --use-pytorch-profiler records."""
+    profile_step_end: int = 12
+    """The first that it records no more."""
+    profile_ranks: list[int] = flag([0])
+    """Trainer ranks that --use-pytorch-profiler records."""
     ci_test: bool = False
     """Assert in each step what must hold on the project's own tests."""
     ci_disable_kl_checker: bool = False

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from slime.config.rules import algorithm, engines, parallel, ranges, required, weights
+from slime.config.rules import algorithm, engines, parallel, profiling, ranges, required, weights
 
 RULES: tuple[Callable[[Any], None], ...] = (
     *required.RULES,
@@ -12,5 +12,6 @@ RULES: tuple[Callable[[Any], None], ...] = (
     *engines.RULES,
     *parallel.RULES,
     *weights.RULES,
+    *profiling.RULES,
 )
 """Every rule, in the order in which their errors are shown."""

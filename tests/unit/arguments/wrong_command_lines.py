@@ -399,6 +399,14 @@ WRONG_COMMAND_LINES = (
     Wrong("overrides that are not there", "--custom-config-path {dir}/none.yaml", "--custom-config-path",
           "existing YAML file"),
     Wrong("a run name that is a path", "--run-name a/b", "--run-name", "--output-dir"),
+    # profiling
+    Wrong("a trace that nothing writes", "--profile-target train_actor", "--profile-target", "--use-pytorch-profiler"),
+    Wrong("a snapshot of nothing", "--memory-snapshot-num-steps 3", "--memory-snapshot-num-steps",
+          "--record-memory-history"),
+    Wrong("a trace of no rollout", "--use-pytorch-profiler --profile-step-start 1 --profile-step-end 1",
+          "--profile-step-start 1", "--profile-step-end 2"),
+    Wrong("a trace after the end", "--use-pytorch-profiler", "--num-rollout 3", "--profile-step-start 2"),
+    Wrong("a history of the CPU's memory", "--record-memory-history", "--record-memory-history", "drop it"),
     # what is not built
     Wrong("a sequence on several ranks", "--context-parallel-size 2 --actor-num-gpus-per-node 2",
           "--context-parallel-size 2", "use 1"),

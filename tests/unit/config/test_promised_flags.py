@@ -29,9 +29,13 @@ def test_the_other_flags_of_slimes_own_are_these() -> None:
         "--allow-pickle-checkpoints",
         "--liveness-timeout",
         "--pause-generation-mode",
+        "--profile-ranks",
+        "--profile-step-end",
+        "--profile-step-start",
         "--share-group-prompts",
         "--stale-samples",
         "--trust-remote-code",
+        "--use-pytorch-profiler",
     }
 
 
