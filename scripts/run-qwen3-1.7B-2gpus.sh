@@ -6,7 +6,7 @@
 #   bash scripts/run-qwen3-1.7B-2gpus.sh [extra train.py flags, which win]
 #
 # MODEL_DIR, DATA_DIR, RUN_NAME and PYTHON in the environment replace what is below. The same RUN_NAME goes on from the
-# run's last checkpoint.
+# run's last checkpoint. run-qwen3-1.7B-2gpus-async.sh lets both work at the same time.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/models/qwen3-1.7B.sh
