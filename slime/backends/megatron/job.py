@@ -27,6 +27,7 @@ from slime.backends.megatron.reference import HostWeights
 from slime.backends.megatron.roll_call import RollCall
 from slime.backends.megatron.stopwatch import Stopwatch
 from slime.backends.megatron.train_dump import save_train_dump
+from slime.backends.megatron.transfers import sent, sent_together
 from slime.backends.megatron.weights import MegatronWeights, load_hf_weights
 from slime.models.families import family_of
 from slime.models.hf_folder import save_hf_folder
@@ -229,7 +230,10 @@ class TrainingJob:
         """Per-sample tensors go to the device once; tokens with their micro-batch."""
         for key, values in data.items():
             if isinstance(values, list) and values and isinstance(values[0], Tensor) and key != "tokens":
-                data[key] = [value.to(self._device) for value in values]
+                is_flat = all(value.dim() == 1 and value.dtype is values[0].dtype for value in values)
+                data[key] = (
+                    sent_together(values, self._device) if is_flat else [sent(value, self._device) for value in values]
+                )
         return data
 
     def _add_log_probs(self, data: dict[str, Any], steps: list[TrainStep]) -> None:

@@ -4,6 +4,7 @@ from argparse import Namespace
 from typing import Any
 
 from megatron.core import parallel_state
+from torch import Tensor
 
 from slime.backends.megatron import parallel
 from slime.observability.debug_dumps import build_train_dump, save_debug_train_data
@@ -19,7 +20,16 @@ def save_train_dump(args: Namespace, rollout_id: int, rank: int, data: dict[str,
     if not parallel.is_last_stage() or parallel_state.get_tensor_model_parallel_rank() != 0:
         return
     data_parallel_rank = int(parallel_state.get_data_parallel_rank())
-    mine = {"rank": rank, "data_parallel_rank": data_parallel_rank, "rollout_data": data}
+    on_host = {
+        key: [_on_host(value) for value in values] if isinstance(values, list) else values
+        for key, values in data.items()
+    }
+    mine = {"rank": rank, "data_parallel_rank": data_parallel_rank, "rollout_data": on_host}
     shards = parallel.gather_over_data_parallel(mine)
     if data_parallel_rank == 0:
         save_debug_train_data(args.save_debug_train_data, build_train_dump(rollout_id, rank, shards))
+
+
+def _on_host(value: Any) -> Any:
+    """On a GPU samples are views of one tensor: sent as such, each would carry all of it."""
+    return value.detach().cpu() if isinstance(value, Tensor) else value
