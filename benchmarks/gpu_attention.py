@@ -65,11 +65,11 @@ def ways(lengths: Sequence[int]) -> dict[str, Callable[[], Attention]]:
 
     def slime_way(name: str) -> Callable[[], Attention]:
         def make() -> Attention:
-            from slime.backends.megatron.gpu_attention import attention_named
+            from slime.backends.megatron.gpu_attention import Sequences, attention_named
 
             attend = attention_named(name)
-            scale = DIM**-0.5
-            return lambda q, k, v: attend(q, k, v, boundaries, boundaries, longest, longest, scale)
+            sequences = Sequences(boundaries, boundaries, longest, longest, has_prefixes=False)
+            return lambda q, k, v: attend(q, k, v, sequences, DIM**-0.5)
 
         return make
 

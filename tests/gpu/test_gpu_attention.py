@@ -50,10 +50,8 @@ def test_attention_and_its_gradients(name: str, share_prompts: bool) -> None:
     taken = kernels.kernels_for(device).take_rows
     if packed.taken_keys is not None:
         key, value = (taken(x, *packed.taken_keys) for x in (key, value))
-    out = attend(
-        query, key, value, packed.cu_seqlens_q, packed.cu_seqlens_kv, packed.max_seqlen_q, packed.max_seqlen_kv,
-        DIM**-0.5,
-    )  # fmt: skip
+    assert packed.sequences is not None
+    out = attend(query, key, value, packed.sequences, DIM**-0.5)
     gradients = torch.autograd.grad(out, inputs, drawn[3].to(device))
     for mine, theirs in zip((out, *gradients), (expected, *expected_gradients), strict=True):
         assert _relative_error(mine, theirs) < 0.01

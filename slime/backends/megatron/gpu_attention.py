@@ -1,24 +1,45 @@
 """Attention over packed rows on a GPU: the kernels that are at hand, by name.
 
 Letters: T rows of queries and S of keys, H query heads, G groups (key and value heads), d dimensions of a head, B
-sequences. Sequence i has the rows [boundaries[i], boundaries[i + 1]); its last query stands at its last key (causal,
-aligned at the bottom right), so that a response can have the keys of its prompt before its own.
+sequences.
 
-Every kernel is a function (query [T, H, d], key [S, G, d], value [S, G, d], query_boundaries [B + 1], key_boundaries
-[B + 1], longest query, longest key, scale) -> [T, H, d]; boundaries are int32 on the device, lengths plain ints.
+Every kernel is a function (query [T, H, d], key [S, G, d], value [S, G, d], sequences, scale) -> [T, H, d].
 """
 
 import functools
 import importlib
-import importlib.util
 import inspect
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-Attention = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int, float], Tensor]
+
+@dataclass(frozen=True)
+class Sequences:
+    """Which rows attend to which: one object a micro-batch, for all layers.
+
+    Sequence i has the rows [boundaries[i], boundaries[i + 1]). It is causal, and its last query stands at its last key,
+    so that a response can have the keys of its prompt before its own.
+
+    Attributes:
+        query_boundaries, key_boundaries: [B + 1] int32 on the device, from 0 to T and S.
+        longest_query, longest_key: rows of the longest sequence.
+        has_prefixes: whether any sequence has more keys than queries.
+        derived: what a kernel makes of it, kept for the next layer.
+    """
+
+    query_boundaries: Tensor
+    key_boundaries: Tensor
+    longest_query: int
+    longest_key: int
+    has_prefixes: bool
+    derived: dict[Any, Any] = field(default_factory=dict, compare=False)
+
+
+Attention = Callable[[Tensor, Tensor, Tensor, Sequences, float], Tensor]
 
 
 def attention_named(name: str) -> Attention:
@@ -39,13 +60,10 @@ def _torch_varlen() -> Attention:
     # torch 2.11 takes fewer key heads as they come; from 2.13 on it wants to be told.
     grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
-    def attend(
-        query: Tensor, key: Tensor, value: Tensor, query_boundaries: Tensor, key_boundaries: Tensor,
-        longest_query: int, longest_key: int, scale: float,
-    ) -> Tensor:  # fmt: skip
+    def attend(query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scale: float) -> Tensor:
         out = varlen_attn(
-            query, key, value, query_boundaries, key_boundaries, longest_query, longest_key,
-            scale=scale, window_size=(-1, 0), **grouped,
+            query, key, value, sequences.query_boundaries, sequences.key_boundaries, sequences.longest_query,
+            sequences.longest_key, scale=scale, window_size=(-1, 0), **grouped,
         )  # fmt: skip
         assert isinstance(out, Tensor)
         return out
@@ -54,6 +72,21 @@ def _torch_varlen() -> Attention:
 
 
 # --- cuDNN through its own front end ---------------------------------------------------------------------------------
+
+
+class _Size(NamedTuple):
+    """What a graph of cuDNN is compiled for."""
+
+    dtype: torch.dtype
+    batch: int
+    heads: int
+    groups: int
+    dim: int
+    longest_query: int
+    longest_key: int
+    scale: float
+    has_prefixes: bool
+    is_deterministic: bool
 
 
 class _CudnnPlans:
@@ -66,8 +99,8 @@ class _CudnnPlans:
     def __init__(self) -> None:
         self.cudnn = importlib.import_module("cudnn")
         self._handles: dict[int, Any] = {}
-        self._forward: dict[tuple[Any, ...], Any] = {}
-        self._backward: dict[tuple[Any, ...], Any] = {}
+        self._forward: dict[_Size, tuple[Any, int]] = {}
+        self._backward: dict[_Size, tuple[Any, int]] = {}
 
     def handle(self, device: torch.device) -> Any:
         """This device's, on its current stream."""
@@ -78,24 +111,22 @@ class _CudnnPlans:
         self.cudnn.set_stream(handle=handle, stream=torch.cuda.current_stream(device).cuda_stream)
         return handle
 
-    def forward(self, size: tuple[Any, ...], handle: Any) -> tuple[Any, int]:
+    def forward(self, size: _Size, handle: Any) -> tuple[Any, int]:
         """Graph and bytes of workspace."""
         if size not in self._forward:
             self._forward[size] = self._build(size, handle, _forward_nodes)
-        found: tuple[Any, int] = self._forward[size]
-        return found
+        return self._forward[size]
 
-    def backward(self, size: tuple[Any, ...], handle: Any) -> tuple[Any, int]:
+    def backward(self, size: _Size, handle: Any) -> tuple[Any, int]:
         if size not in self._backward:
             self._backward[size] = self._build(size, handle, _backward_nodes)
-        found: tuple[Any, int] = self._backward[size]
-        return found
+        return self._backward[size]
 
-    def _build(self, size: tuple[Any, ...], handle: Any, nodes: Callable[..., None]) -> tuple[Any, int]:
+    def _build(self, size: _Size, handle: Any, nodes: Callable[..., None]) -> tuple[Any, int]:
         cudnn = self.cudnn
         kinds = {torch.bfloat16: cudnn.data_type.BFLOAT16, torch.float16: cudnn.data_type.HALF}
         graph = cudnn.pygraph(
-            io_data_type=kinds[size[0]],
+            io_data_type=kinds[size.dtype],
             intermediate_data_type=cudnn.data_type.FLOAT,
             compute_data_type=cudnn.data_type.FLOAT,
             handle=handle,
@@ -114,9 +145,9 @@ _GRAD_OUT, _GRAD_QUERY, _GRAD_KEY, _GRAD_VALUE = range(11, 15)
 """Names (uids) of the tensors of a graph. _AT_*: element at which each sequence begins."""
 
 
-def _described(cudnn: Any, graph: Any, size: tuple[Any, ...]) -> dict[int, Any]:
+def _described(cudnn: Any, graph: Any, size: _Size) -> dict[int, Any]:
     """Queries, keys, values, lengths and places of a graph."""
-    _, batch, heads, groups, dim, longest_query, longest_key, *_ = size
+    batch, dim = size.batch, size.dim
     integer = dict(data_type=cudnn.data_type.INT32)
     tensors = {
         uid: graph.tensor(dim=[batch, 1, 1, 1], stride=[1, 1, 1, 1], uid=uid, **integer)
@@ -127,9 +158,9 @@ def _described(cudnn: Any, graph: Any, size: tuple[Any, ...]) -> dict[int, Any]:
             dim=[batch + 1, 1, 1, 1], stride=[1, 1, 1, 1], uid=uid, data_type=cudnn.data_type.INT64
         )
     for uid, count, length, at in (
-        (_QUERY, heads, longest_query, _AT_Q),
-        (_KEY, groups, longest_key, _AT_K),
-        (_VALUE, groups, longest_key, _AT_K),
+        (_QUERY, size.heads, size.longest_query, _AT_Q),
+        (_KEY, size.groups, size.longest_key, _AT_K),
+        (_VALUE, size.groups, size.longest_key, _AT_K),
     ):
         tensors[uid] = graph.tensor(
             dim=[batch, count, length, dim], stride=_packed(count, length, dim), uid=uid, ragged_offset=tensors[at]
@@ -142,14 +173,22 @@ def _packed(heads: int, length: int, dim: int) -> list[int]:
     return [length * heads * dim, dim, heads * dim, 1]
 
 
-def _forward_nodes(cudnn: Any, graph: Any, size: tuple[Any, ...]) -> None:
-    _, batch, heads, _, dim, longest_query, _, scale, _ = size
+def _causal(cudnn: Any, tensors: dict[int, Any], size: _Size) -> dict[str, Any]:
+    """The mask. Where there are as many keys as queries both alignments say the same, and the top left is fast."""
+    alignment = cudnn.diagonal_alignment
+    return dict(
+        attn_scale=size.scale, use_padding_mask=True, seq_len_q=tensors[_LENGTHS_Q], seq_len_kv=tensors[_LENGTHS_K],
+        diagonal_alignment=alignment.BOTTOM_RIGHT if size.has_prefixes else alignment.TOP_LEFT,
+        diagonal_band_right_bound=0,
+    )  # fmt: skip
+
+
+def _forward_nodes(cudnn: Any, graph: Any, size: _Size) -> None:
+    batch, heads, dim, longest_query = size.batch, size.heads, size.dim, size.longest_query
     tensors = _described(cudnn, graph, size)
     out, stats = graph.sdpa(
         name="attention", q=tensors[_QUERY], k=tensors[_KEY], v=tensors[_VALUE],
-        generate_stats=True, attn_scale=scale, use_padding_mask=True,
-        seq_len_q=tensors[_LENGTHS_Q], seq_len_kv=tensors[_LENGTHS_K],
-        diagonal_alignment=cudnn.diagonal_alignment.BOTTOM_RIGHT, diagonal_band_right_bound=0,
+        generate_stats=True, **_causal(cudnn, tensors, size),
     )  # fmt: skip
     out.set_output(True).set_uid(_OUT).set_dim([batch, heads, longest_query, dim])
     out.set_stride(_packed(heads, longest_query, dim)).set_ragged_offset(tensors[_AT_Q])
@@ -157,8 +196,9 @@ def _forward_nodes(cudnn: Any, graph: Any, size: tuple[Any, ...]) -> None:
     stats.set_dim([batch, heads, longest_query, 1]).set_stride([heads * longest_query, longest_query, 1, 1])
 
 
-def _backward_nodes(cudnn: Any, graph: Any, size: tuple[Any, ...]) -> None:
-    _, batch, heads, groups, dim, longest_query, longest_key, scale, is_deterministic = size
+def _backward_nodes(cudnn: Any, graph: Any, size: _Size) -> None:
+    batch, heads, groups, dim = size.batch, size.heads, size.groups, size.dim
+    longest_query, longest_key = size.longest_query, size.longest_key
     tensors = _described(cudnn, graph, size)
     rows = dict(
         dim=[batch, heads, longest_query, dim],
@@ -172,10 +212,8 @@ def _backward_nodes(cudnn: Any, graph: Any, size: tuple[Any, ...]) -> None:
     )  # fmt: skip
     gradients = graph.sdpa_backward(
         name="attention_backward", q=tensors[_QUERY], k=tensors[_KEY], v=tensors[_VALUE],
-        o=out, dO=grad_out, stats=stats, attn_scale=scale, use_padding_mask=True,
-        seq_len_q=tensors[_LENGTHS_Q], seq_len_kv=tensors[_LENGTHS_K],
-        diagonal_alignment=cudnn.diagonal_alignment.BOTTOM_RIGHT, diagonal_band_right_bound=0,
-        use_deterministic_algorithm=is_deterministic,
+        o=out, dO=grad_out, stats=stats, use_deterministic_algorithm=size.is_deterministic,
+        **_causal(cudnn, tensors, size),
     )  # fmt: skip
     for gradient, uid, count, length, at in zip(
         gradients, (_GRAD_QUERY, _GRAD_KEY, _GRAD_VALUE), (heads, groups, groups),
@@ -198,54 +236,59 @@ def _cudnn_plans() -> _CudnnPlans:
 
 class _CudnnAttention(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, query_boundaries: Tensor, key_boundaries: Tensor,
-        longest_query: int, longest_key: int, scale: float,
-    ) -> Tensor:  # fmt: skip
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scale: float) -> Tensor:
         plans = _cudnn_plans()
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
         heads, groups, dim = query.size(1), key.size(1), query.size(2)
-        count = query_boundaries.numel() - 1
-        batch = 1 << max(count - 1, 0).bit_length()
-        is_deterministic = torch.are_deterministic_algorithms_enabled()
-        size = (
-            query.dtype, batch, heads, groups, dim, _rounded_up(longest_query), _rounded_up(longest_key),
-            scale, is_deterministic,
+        batch = 1 << max(sequences.query_boundaries.numel() - 2, 0).bit_length()
+        size = _Size(
+            query.dtype, batch, heads, groups, dim, _rounded_up(sequences.longest_query),
+            _rounded_up(sequences.longest_key), scale, sequences.has_prefixes,
+            torch.are_deterministic_algorithms_enabled(),
         )  # fmt: skip
-        places = _places(query_boundaries, heads * dim, batch) + _places(key_boundaries, groups * dim, batch)
+        places = _places(sequences, size)
         out = torch.empty_like(query)
-        stats = query.new_empty(batch, heads, size[5], dtype=torch.float32)
+        stats = query.new_empty(batch, heads, size.longest_query, dtype=torch.float32)
         handle = plans.handle(query.device)
         graph, workspace_bytes = plans.forward(size, handle)
         pack = _variant_pack(query, key, value, out, stats, places)
         graph.execute(pack, query.new_empty(workspace_bytes, dtype=torch.uint8), handle=handle)
-        ctx.save_for_backward(query, key, value, out, stats, *places)
-        ctx.size = size
+        ctx.save_for_backward(query, key, value, out, stats)
+        ctx.size, ctx.places = size, places
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, out, stats, *places = ctx.saved_tensors
+        query, key, value, out, stats = ctx.saved_tensors
         plans = _cudnn_plans()
         gradients = [torch.empty_like(x) for x in (query, key, value)]
         handle = plans.handle(query.device)
         graph, workspace_bytes = plans.backward(ctx.size, handle)
-        pack = _variant_pack(query, key, value, out, stats, places) | {_GRAD_OUT: grad.contiguous()}
+        pack = _variant_pack(query, key, value, out, stats, ctx.places) | {_GRAD_OUT: grad.contiguous()}
         pack |= dict(zip((_GRAD_QUERY, _GRAD_KEY, _GRAD_VALUE), gradients, strict=True))
         graph.execute(pack, query.new_empty(workspace_bytes, dtype=torch.uint8), handle=handle)
-        return *gradients, None, None, None, None, None
+        return *gradients, None, None
 
 
-def _places(boundaries: Tensor, row_size: int, batch: int) -> list[Tensor]:
-    """Lengths [batch] int32, and elements at which sequences begin [batch + 1] int64; added ones are empty."""
-    missing = batch + 1 - boundaries.numel()
-    if missing:
-        boundaries = torch.cat([boundaries, boundaries[-1:].expand(missing)])
-    return [boundaries.diff().int(), boundaries.long() * row_size]
+def _places(sequences: Sequences, size: _Size) -> tuple[Tensor, ...]:
+    """Lengths [batch] int32, and elements at which sequences begin [batch + 1] int64, of queries and of keys; sequences
+    that are added to fill up the batch are empty."""
+    wanted = (size.batch, size.heads * size.dim, size.groups * size.dim)
+    if wanted not in sequences.derived:
+        places = []
+        for boundaries, row_size in zip(
+            (sequences.query_boundaries, sequences.key_boundaries), wanted[1:], strict=True
+        ):
+            if missing := size.batch + 1 - boundaries.numel():
+                boundaries = torch.cat([boundaries, boundaries[-1:].expand(missing)])
+            places += [boundaries.diff().int(), boundaries.long() * row_size]
+        sequences.derived[wanted] = tuple(places)
+    found: tuple[Tensor, ...] = sequences.derived[wanted]
+    return found
 
 
 def _variant_pack(
-    query: Tensor, key: Tensor, value: Tensor, out: Tensor, stats: Tensor, places: list[Tensor]
+    query: Tensor, key: Tensor, value: Tensor, out: Tensor, stats: Tensor, places: tuple[Tensor, ...]
 ) -> dict[int, Tensor]:
     lengths_q, at_q, lengths_k, at_k = places
     return {
@@ -257,13 +300,8 @@ def _variant_pack(
 def _cudnn_frontend() -> Attention:
     _cudnn_plans()
 
-    def attend(
-        query: Tensor, key: Tensor, value: Tensor, query_boundaries: Tensor, key_boundaries: Tensor,
-        longest_query: int, longest_key: int, scale: float,
-    ) -> Tensor:  # fmt: skip
-        out: Tensor = _CudnnAttention.apply(
-            query, key, value, query_boundaries, key_boundaries, longest_query, longest_key, scale
-        )
+    def attend(query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scale: float) -> Tensor:
+        out: Tensor = _CudnnAttention.apply(query, key, value, sequences, scale)
         return out
 
     return attend

@@ -110,10 +110,8 @@ class VarlenAttention(torch.nn.Module):
             return cpu_attention.attend(query, key, value, packed.blocks, self.scale).flatten(1)
         if packed.taken_keys is not None:
             key, value = (self.kernels.take_rows(x, *packed.taken_keys) for x in (key, value))
-        return self.kernels.attention(
-            query, key, value, packed.cu_seqlens_q, packed.cu_seqlens_kv, packed.max_seqlen_q, packed.max_seqlen_kv,
-            self.scale,
-        ).flatten(1)  # fmt: skip
+        assert packed.sequences is not None
+        return self.kernels.attention(query, key, value, packed.sequences, self.scale).flatten(1)
 
 
 def _device() -> torch.device:

@@ -12,6 +12,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from slime.backends.megatron.cpu_attention import Block, attention_blocks
+from slime.backends.megatron.gpu_attention import Sequences
 from slime.backends.megatron.transfers import sent, sent_together
 from slime.data.packing import PackedBatch, Segment
 
@@ -41,8 +42,10 @@ class PackedSegments(PackedSeqParams):
     cos: Tensor | None = None
     """[T, 1, d/2]."""
     sin: Tensor | None = None
+    sequences: Sequences | None = None
+    """On a GPU: the same for its attention kernels."""
     taken_keys: TakenKeys | None = None
-    """On CUDA: the keys of all segments one after the other; None if no segment has a prefix."""
+    """On a GPU: the keys of all segments one after the other; None if no segment has a prefix."""
     blocks: list[Block] = field(default_factory=list)
     """On a CPU: the same, as blocks of queries and keys."""
 
@@ -59,16 +62,22 @@ def packed_segments(batch: PackedBatch, inverse_frequencies: Tensor, dtype: torc
     key_lengths = [segment.prefix_len + segment.q_len for segment in batch.segments]
     query_lengths = [segment.q_len for segment in batch.segments]
     device = batch.input_ids.device
+    has_prefixes = batch.has_shared_prompts
+    boundaries = _cumulative(query_lengths, device)
+    key_boundaries = _cumulative(key_lengths, device) if has_prefixes else boundaries
+    longest = max(query_lengths, default=0), max(key_lengths, default=0)
+    sequences = Sequences(boundaries, key_boundaries, *longest, has_prefixes)
     return PackedSegments(
         qkv_format="thd",
-        cu_seqlens_q=_cumulative(query_lengths, device),
-        cu_seqlens_kv=_cumulative(key_lengths, device),
-        max_seqlen_q=max(query_lengths, default=0),
-        max_seqlen_kv=max(key_lengths, default=0),
+        cu_seqlens_q=boundaries,
+        cu_seqlens_kv=key_boundaries,
+        max_seqlen_q=longest[0],
+        max_seqlen_kv=longest[1],
+        sequences=sequences,
         segments=batch.segments,
         cos=angles.cos().to(dtype),
         sin=angles.sin().to(dtype),
-        taken_keys=taken_keys(batch, device) if batch.has_shared_prompts and device.type != "cpu" else None,
+        taken_keys=taken_keys(batch, device) if has_prefixes and device.type != "cpu" else None,
         blocks=attention_blocks(batch.segments, dtype) if device.type == "cpu" else [],
     )
 
