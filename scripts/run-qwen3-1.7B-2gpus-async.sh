@@ -34,7 +34,7 @@ EVAL_ARGS=(
 )
 PERF_ARGS=(
   --actor-num-nodes 1 --actor-num-gpus-per-node 1 --rollout-num-gpus 1 --num-gpus-per-node 2
-  --use-dynamic-batch-size --max-tokens-per-gpu 16384
+  --use-dynamic-batch-size --max-tokens-per-gpu 8192
 )
 # Samples are a step or two older than the weights that train on them; truncated importance weights make up for it.
 GRPO_ARGS=(

@@ -32,7 +32,7 @@ EVAL_ARGS=(
 )
 PERF_ARGS=(
   --actor-num-nodes 1 --actor-num-gpus-per-node 1 --rollout-num-gpus 1 --num-gpus-per-node 2
-  --use-dynamic-batch-size --max-tokens-per-gpu 16384
+  --use-dynamic-batch-size --max-tokens-per-gpu 8192
 )
 GRPO_ARGS=(
   --advantage-estimator grpo --eps-clip 0.2 --eps-clip-high 0.28 --entropy-coef 0

@@ -20,11 +20,15 @@ _ENGINE_MIN = 0.15
 _UNCOUNTED_BYTES = 12 * GIB  # two CUDA contexts, NCCL's and cuBLAS's buffers, the engine's graphs and its activations
 _MARGIN = 1.3  # of what training allocates over what its tensors sum up to: fragments, and temporaries of the backward
 _CHUNK_TOKENS = 2048  # tokens whose logits exist at a time
+_TOO_LARGE = (
+    "it will hardly fit; try --recompute-granularity full --recompute-method uniform --recompute-num-layers 1, less "
+    "--max-tokens-per-gpu or --micro-batch-size, --tensor-model-parallel-size 2 --sequence-parallel, or more GPUs"
+)
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """How a shared GPU's memory is divided."""
+    """How a GPU's memory is divided."""
 
     trainer_bytes: int
     """Estimate of the most that a trainer rank holds."""
@@ -38,11 +42,19 @@ class MemoryPlan:
 def divide_memory(
     config: Config, placement: Placement, parallel: Parallel, batch: Batch, values: Mapping[str, Any]
 ) -> tuple[Placement, MemoryPlan | None]:
-    """The placement with `offload_*` and `engine_memory_fraction` settled, and why; None where no GPU is shared."""
-    if placement.device != "cuda" or not placement.colocate or not placement.num_engines or "num_layers" not in values:
+    """The placement with `offload_*` and `engine_memory_fraction` settled, and why; None where no GPU trains."""
+    if placement.device != "cuda" or config.debug.debug_rollout_only or "num_layers" not in values:
         return placement, None
     trainer_bytes = trainer_memory(config, parallel, batch, values)
     total = config.machine.gpu_memory_bytes
+    if total is not None and trainer_bytes > total:
+        words = f"trainer about {trainer_bytes / GIB:.0f} GiB, but a GPU has {total / GIB:.0f}: {_TOO_LARGE}"
+        return placement, MemoryPlan(trainer_bytes, None, False, words)
+    if not placement.colocate or not placement.num_engines:
+        of_total = "" if total is None else f" of {total / GIB:.0f} GiB"
+        return placement, MemoryPlan(
+            trainer_bytes, None, True, f"trainer about {trainer_bytes / GIB:.0f} GiB{of_total}"
+        )
     cluster = config.cluster
     asked = cluster.offload or cluster.offload_train is not None or cluster.offload_rollout is not None
     given = config.sglang.get("sglang_mem_fraction_static") if "sglang_mem_fraction_static" in config.given else None
@@ -70,19 +82,29 @@ def trainer_memory(config: Config, parallel: Parallel, batch: Batch, values: Map
     """Bytes that a trainer rank holds at most: weights, fp32 gradients, Adam's fp32 weights and moments, activations.
 
     Adam's part is divided over data-parallel ranks. Activations are what the layers of this package keep for the
-    backward pass; --recompute-granularity full keeps one hidden state a layer.
+    backward pass: with --recompute-granularity full one hidden state a layer, with --recompute-modules mlp nothing of
+    the MLP. (core_attn alone, which --recompute-activations means, changes nothing: no scores are kept anyway.) Tensor
+    parallelism divides hidden states only with --sequence-parallel. A pipeline stage has fewer layers, and as many
+    more micro-batches under way.
     """
-    shards = parallel.tensor * parallel.pipeline
-    parameters = count_parameters(values) / shards
+    tensor = parallel.tensor
+    parameters = count_parameters(values) / (tensor * parallel.pipeline)
     states = parameters * (2 + 4 + 12 / parallel.data)
     h, f, layers = (values[k] for k in ("hidden_size", "ffn_hidden_size", "num_layers"))
     n, g, d = (values[k] for k in ("num_attention_heads", "num_query_groups", "kv_channels"))
-    whole_layer = 2 * (4 * h + 2 * n * d + 2 * g * d + 4 * f)  # bytes a token
-    recomputes_all = values.get("recompute_granularity") == "full"
-    kept = 2 * h * layers + whole_layer if recomputes_all else whole_layer * layers
+    hidden = 2 * h / (tensor if values.get("sequence_parallel") else 1)  # bytes a token
+    mlp = 2 * 4 * f / tensor
+    whole_layer = 4 * hidden + 2 * (2 * n * d + 2 * g * d) / tensor + mlp
+    granularity = values.get("recompute_granularity")
+    if granularity == "full":
+        kept = hidden * layers + whole_layer
+    elif granularity == "selective" and "mlp" in (values.get("recompute_modules") or ()):
+        kept = (whole_layer - mlp) * layers + mlp
+    else:
+        kept = whole_layer * layers
     tokens = _micro_batch_tokens(config, batch)
-    logits = min(tokens, _CHUNK_TOKENS) * values["vocab_size"] * (2 + 4 + 4)
-    return int(_MARGIN * (states + (tokens * kept / parallel.context + logits) / shards))
+    logits = min(tokens, _CHUNK_TOKENS) * values["vocab_size"] / tensor * (2 + 4 + 4)
+    return int(_MARGIN * (states + tokens * kept / parallel.context + logits))
 
 
 def _micro_batch_tokens(config: Config, batch: Batch) -> int:

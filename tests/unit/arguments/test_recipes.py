@@ -68,6 +68,7 @@ def test_a_recipe_runs_on_the_machine_that_it_names(
         assert plan.placement.devices_needed == wanted.gpus
         assert (plan.placement.world_size, plan.placement.num_engines) == (wanted.train, wanted.engines)
         assert (plan.placement.colocate, plan.engine.value) == (wanted.colocate, "sglang")
+        assert plan.memory is not None and "hardly fit" not in plan.memory
         if "-nodes" in recipe.stem:
             assert plan.placement.actor_num_nodes == int(wanted.env.get("NUM_NODES", 2))
 

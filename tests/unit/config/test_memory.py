@@ -78,3 +78,26 @@ def test_recomputation_and_more_ranks_need_less() -> None:
     assert whole > trainer_memory(asked, Parallel(2, 1, 1, 1, 1, None), batch, SMALL)
     assert whole > 2 * trainer_memory(asked, ALONE, batch, SMALL | {"recompute_granularity": "full"})
     assert 20 * GIB < whole < 60 * GIB
+
+
+def test_the_ways_out_of_too_little_memory_show_in_the_estimate() -> None:
+    asked = on_a_gpu(use_dynamic_batch_size=False, micro_batch_size=4, rollout_max_response_len=4096)
+    batch = batch_arithmetic(asked)
+    whole = trainer_memory(asked, ALONE, batch, SMALL)
+    mlp = {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]}
+    assert whole > 1.2 * trainer_memory(asked, ALONE, batch, SMALL | mlp)
+    one = on_a_gpu(use_dynamic_batch_size=False, micro_batch_size=1, rollout_max_response_len=4096)
+    assert whole > 2 * trainer_memory(one, ALONE, batch_arithmetic(one), SMALL)
+    sliced = Parallel(2, 1, 1, 1, 1, None)
+    by_tensor = trainer_memory(asked, sliced, batch, SMALL)
+    assert whole > by_tensor > trainer_memory(asked, sliced, batch, SMALL | {"sequence_parallel": True})
+
+
+def test_a_trainer_with_gpus_of_its_own_has_an_estimate_too() -> None:
+    placement, memory = divided(SMALL, on_a_gpu(141, colocate=False, actor_num_gpus_per_node=1, debug_train_only=True))
+    assert memory.words.endswith(" GiB of 141 GiB") and not placement.offload_train
+
+
+def test_a_trainer_that_no_gpu_holds_is_told_what_helps() -> None:
+    _, memory = divided(LARGE, on_a_gpu(24))
+    assert "but a GPU has 24" in memory.words and "--recompute-granularity full" in memory.words
