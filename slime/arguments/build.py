@@ -7,7 +7,7 @@ from typing import Any, Literal
 from slime.arguments import data_check
 from slime.arguments.flag_tables import table
 from slime.arguments.hooks import check_hooks
-from slime.arguments.overrides import read_custom_config, read_role_entries
+from slime.arguments.overrides import read_custom_config, read_engine_groups, read_role_entries
 from slime.arguments.parser import CommandLine, CustomArguments, read_command_line, slime_flags, table_flags
 from slime.config import Config, Plan, resolve
 from slime.config.errors import Problems
@@ -143,7 +143,11 @@ def _config(
     with problems.collected():
         own_folder = own_checkpoints(config)
     paths = [values[d] for d in ("load", "save", "ref_load", "opd_teacher_load", "hf_checkpoint")] + [own_folder]
-    files = Files(checkpoint_kinds(paths), hf_config, rows[0].values if rows else None)
+    engines = None
+    if values["sglang_config"]:
+        with problems.collected():
+            engines = read_engine_groups(values["sglang_config"])
+    files = Files(checkpoint_kinds(paths), hf_config, rows[0].values if rows else None, engines)
     return Config.from_values(values, **facts, files=files)
 
 

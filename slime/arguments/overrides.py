@@ -1,8 +1,9 @@
-"""YAML files that change `args`: --custom-config-path for the whole run, --megatron-config-path for one role."""
+"""YAML files that change `args`: --custom-config-path for the whole run, --megatron-config-path for one role,
+--sglang-config for groups of engines."""
 
 import copy
 from argparse import Namespace
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -128,6 +129,34 @@ def parse_megatron_role_args(base_args: Namespace, path: str | None, role: Liter
             if hasattr(args, "megatron_field_dests"):
                 args.megatron_field_dests[field] = name
     return args
+
+
+def read_engine_groups(path: str) -> Any:
+    """What --sglang-config holds; the names in its overrides are checked here, the rest where the plan is made.
+
+    Raises:
+        ConfigError: the file is missing or is not YAML, or overrides something that SGLang has not.
+    """
+    flag = f"--sglang-config {path}"
+    root = read_yaml(_text_of(flag, path), flag)
+    known = {item.dest.removeprefix("sglang_") for item in table("sglang")} | {"model_path", "enable_memory_saver"}
+    for overrides in _all_under("overrides", root):
+        for name in overrides if isinstance(overrides, dict) else ():
+            if name not in known:
+                raise ConfigError(f"{flag}: SGLang's servers have no argument {name}.{did_you_mean(name, known)}")
+    return root
+
+
+def _all_under(key: str, tree: Any) -> Iterator[Any]:
+    if isinstance(tree, list):
+        for item in tree:
+            yield from _all_under(key, item)
+    elif isinstance(tree, dict):
+        for name, value in tree.items():
+            if name == key:
+                yield value
+            else:
+                yield from _all_under(key, value)
 
 
 def _overrides_of(entry: Mapping[str, Any]) -> Any:

@@ -6,7 +6,7 @@ so a fake of twenty lines stands in for either in a test.
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -49,11 +49,30 @@ class EngineSpec:
     """Folder (mode 0700) through which a trainer on the same host hands over weights."""
     seed: int
     nccl_port: int = 0
+    model: str = "default"
+    """Name of the model that it serves; each has a router of its own."""
+    worker_type: str = "regular"
+    """`regular`, `prefill` or `decode`."""
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    """SGLang's server arguments for engines of its group alone, by field name."""
+    updates_weights: bool = True
+    """Whether the trainer's weights go to it."""
+    gives_memory_back: bool = False
+    """Whether it shares its devices, so that its memory must be releasable."""
+    first_device: int = 0
+    """Position of its first device among those of all engines."""
+    num_nodes: int = 1
+    node_rank: int = 0
+    """Which of the engine's nodes this process computes on; requests go to the one of rank 0."""
+    dist_address: str = ""
+    """host:port at which the nodes of one engine meet; empty for an engine of one node."""
+    bootstrap_port: int = 0
+    """Where a prefill engine tells decode engines of its caches; 0 for others."""
 
     @property
     def name(self) -> str:
-        """How logs and errors call this engine."""
-        return f"engine {self.index}"
+        """How logs and errors call this engine, or its part on another node than its first."""
+        return f"engine {self.index}" + (f" on its node {self.node_rank}" if self.node_rank else "")
 
     @property
     def url(self) -> str:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from slime.config.config import Config
+from slime.config.engine_groups import EngineGroup, engine_groups, gpus_of_file
 from slime.config.errors import ConfigError
 
 CPU_DEVICES_PER_CORE = 4
@@ -36,6 +37,8 @@ class Placement:
     devices_needed: int
     devices_available: int | None
     """None when a Ray cluster that runs already decides it."""
+    engine_groups: tuple[EngineGroup, ...]
+    """Engines that are started, by kind, in the order of their devices."""
     cores: int
     train_threads: int
     rollout_threads: int
@@ -113,7 +116,14 @@ def place(config: Config, device: Choice, engine: Choice) -> Placement:
         per_node = min(8, rollout)
         nodes = rollout // per_node if per_node else 0
     colocate = cluster.colocate and not debug.debug_rollout_only
-    num_engines = _num_engines(config, rollout)
+    groups = () if config.is_external or config.skips_engines else engine_groups(config, rollout)
+    if engine.value == "embedded" and (config.engine.sglang_config or config.engine.prefill_num_servers):
+        flag = "--sglang-config" if config.engine.sglang_config else "--prefill-num-servers"
+        raise ConfigError(
+            f"{flag} describes SGLang servers, but the embedded engine generates ({engine.reason}); drop it, or type "
+            "--rollout-engine sglang"
+        )
+    num_engines = _num_engines(config, rollout, groups)
     ranks_here = per_node if config.machine.joins_cluster and device.value == "cuda" else nodes * per_node
     train_threads, rollout_threads = _threads(config, engine.value, ranks_here, num_engines)
     offload_train, offload_rollout = _offloads(config, colocate)
@@ -129,6 +139,7 @@ def place(config: Config, device: Choice, engine: Choice) -> Placement:
         offload_rollout=offload_rollout,
         devices_needed=_needed(config, nodes * per_node, rollout, colocate),
         devices_available=_available(config, device.value),
+        engine_groups=groups,
         cores=config.machine.cores,
         train_threads=train_threads,
         rollout_threads=rollout_threads,
@@ -145,6 +156,8 @@ def _rollout_devices(config: Config, device: str, actor_devices: int) -> int:
         return given
     if config.is_external:
         return 0
+    if config.engine.sglang_config is not None:
+        return gpus_of_file(config)
     if config.cluster.colocate or config.debug.debug_rollout_only:
         return actor_devices
     if device == "cpu":
@@ -155,12 +168,15 @@ def _rollout_devices(config: Config, device: str, actor_devices: int) -> int:
     )
 
 
-def _num_engines(config: Config, rollout: int) -> int:
+def _num_engines(config: Config, rollout: int, groups: tuple[EngineGroup, ...]) -> int:
     if config.is_external:
         return len(config.rollout.rollout_external_engine_addrs or [])
     size = config.cluster.rollout_num_gpus_per_engine
     if config.skips_engines:
         return 0
+    _check_nodes(config, groups)
+    if config.engine.sglang_config is not None:
+        return sum(group.num_engines for group in groups)
     if rollout % size:
         fits = f"{rollout - rollout % size} or {rollout + size - rollout % size}"
         raise ConfigError(
@@ -168,6 +184,17 @@ def _num_engines(config: Config, rollout: int) -> int:
             f"the nearest that are: {fits}"
         )
     return rollout // size
+
+
+def _check_nodes(config: Config, groups: tuple[EngineGroup, ...]) -> None:
+    per_node = config.cluster.num_gpus_per_node
+    for group in groups:
+        size = group.num_gpus_per_engine
+        if size > per_node and size % per_node:
+            raise ConfigError(
+                f"an engine of {size} devices does not fill nodes of --num-gpus-per-node {per_node}; give it "
+                f"{size - size % per_node} or {size + per_node - size % per_node}, or say how many devices a node has"
+            )
 
 
 def _threads(config: Config, engine: str, ranks: int, engines: int) -> tuple[int, int]:

@@ -21,6 +21,8 @@ class Files:
     """The model's config.json; None if it could not be read or is not needed."""
     first_row: Mapping[str, Any] | None = None
     """First row of the prompt data; None if there is none."""
+    sglang_config: Any = None
+    """What --sglang-config holds, as plain data; None if it is not given."""
 
     def kind(self, path: str | None) -> CheckpointKind:
         """Kind of a checkpoint folder; `missing` for None."""

@@ -14,6 +14,7 @@ from slime.config.devices import (
     place,
     share_ranks,
 )
+from slime.config.engine_groups import DEFAULT_MODEL
 from slime.config.errors import Problems
 from slime.config.groups import RolloutConfig
 from slime.config.keys import guessed_keys
@@ -138,6 +139,7 @@ def _device_updates(config: Config, p: Placement, parallel: Parallel, device: st
         "rollout_num_gpus": p.rollout_num_gpus,
         "rollout_num_engines": p.num_engines,
         "rollout_external": config.is_external,
+        "engine_groups": p.engine_groups,
         "colocate": p.colocate,
         "offload_train": p.offload_train,
         "offload_rollout": p.offload_rollout,
@@ -249,10 +251,13 @@ def _engine_updates(config: Config, placement: Placement) -> dict[str, Any]:
 def _processes(config: Config, p: Placement, engine: str) -> tuple[Process, ...]:
     processes = [Process("driver", 1, 0, 0), Process("rollout manager", 1, 0, 0)]
     if not config.skips_engines and not config.is_external:
-        processes.append(Process("router", 1, 0, 0))
-        processes.append(
-            Process(f"engines ({engine})", p.num_engines, p.rollout_num_gpus_per_engine, p.rollout_threads)
-        )
+        processes.append(Process("router", max(1, len({group.model for group in p.engine_groups})), 0, 0))
+        for group in p.engine_groups:
+            kind = engine if group.worker_type == "regular" else f"{engine}, {group.worker_type}"
+            of = "" if group.model == DEFAULT_MODEL else f" of {group.model}"
+            processes.append(
+                Process(f"engines ({kind}){of}", group.num_engines, group.num_gpus_per_engine, p.rollout_threads)
+            )
     if not config.debug.debug_rollout_only:
         processes.append(Process(TRAINER, p.world_size, 1, p.train_threads))
         if config.algorithm.advantage_estimator == "ppo":

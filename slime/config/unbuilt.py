@@ -41,14 +41,10 @@ UNBUILT: dict[str, tuple[_Test, str]] = {
     "use_opd": (_is_on, "on-policy distillation has no teacher yet; leave it out"),
     "opd_teacher_load": (_is_on, "on-policy distillation has no teacher yet; leave it out"),
     "opd_teacher_ckpt_step": (_not(None), "on-policy distillation has no teacher yet; leave it out"),
-    "prefill_num_servers": (_is_on, "engines prefill and decode in one process; leave it out"),
-    "sglang_config": (_is_on, "all engines are of one kind, by --rollout-num-gpus-per-engine"),
     "http_proxy": (_is_on, "slime's own traffic never goes through a proxy; leave it out"),
     "use_distributed_post": (_is_on, "one process sends the requests; leave it out"),
     "keep_old_actor": (_is_on, "leave it out"),
     "rollout_data_transport": (_not("object-store"), "use object-store"),
-    "rollout_external_engine_addrs": (_is_on, "slime starts its engines itself; leave it out"),
-    "sglang_admin_api_key": (_is_on, "slime's calls carry one key; use --sglang-api-key"),
     "router_api_key": (_is_on, "router and engines share one key; use --sglang-api-key"),
     "model_name": (_is_on, "the family of a model is read from its config.json; leave it out"),
     "rollout_top_p": (
@@ -101,13 +97,15 @@ def nothing_unbuilt_is_asked_for(args: Namespace) -> None:
     problems.raise_if_any()
 
 
-_SECRET = {"sglang_admin_api_key", "router_api_key"}
+_SECRET = {"router_api_key"}
 
 
 def _of_the_devices(args: Namespace) -> Iterator[str]:
     """What is not built on the devices that the plan chose."""
     plan = args.plan
     p = plan.placement
+    if plan.engine.value == "embedded" and "sglang_admin_api_key" in plan.given:
+        yield "--sglang-admin-api-key is not built yet for the embedded engine: it asks for one, --sglang-api-key"
     if plan.device.value == "cuda":
         if plan.engine.value == "embedded" and p.num_engines:
             yield (

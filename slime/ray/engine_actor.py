@@ -42,15 +42,23 @@ class EngineActor(Pulse):
         self._args, self._spec = args, spec
         self._process: ServerProcess | None = None
 
-    def start(self) -> EngineSpec:
+    def start(self, first: EngineSpec | None = None) -> EngineSpec:
         """Start the server, again if it ran before; returns the spec with the host and port it was given.
 
         Does not wait until it is healthy.
+
+        Args:
+            first: what `start` returned on the engine's first node; None there.
         """
         if self._process is not None:
             self._process.terminate(_KILL_TIMEOUT_S)
         host = "127.0.0.1" if self._spec.device == "cpu" else ray.util.get_node_ip_address()
         self._spec = replace(self._spec, host=host, port=free_port(host), nccl_port=free_port(host))
+        if self._spec.num_nodes > 1:
+            meeting = first.dist_address if first is not None else f"{host}:{free_port(host)}"
+            self._spec = replace(self._spec, dist_address=meeting)
+        if self._spec.worker_type == "prefill":
+            self._spec = replace(self._spec, bootstrap_port=free_port(host))
         argv, env = _server_command(self._args)(self._args, self._spec)
         self._process = ServerProcess(self._spec.name, argv, env, self._spec.log_path)
         self._process.start()

@@ -1,4 +1,4 @@
-"""Engine processes on their devices and the router before them: started, watched, and started again when one dies."""
+"""All engines of a run and the routers before them: started, watched, and started again when one dies."""
 
 import contextlib
 import logging
@@ -8,42 +8,31 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from slime.backends.base import EngineClient, EngineSpec
-from slime.backends.sglang.router import RouterClient, router_command
+from slime.backends.base import EngineClient
+from slime.config.engine_groups import DEFAULT_MODEL
 from slime.observability.run_status import ProcessInfo
-from slime.ray import cluster
-from slime.ray.engine_actor import EngineActor, EngineRecord
+from slime.ray.engine_actor import EngineRecord
+from slime.ray.engine_places import EnginePlace, ExternalEngine, OwnEngine
+from slime.ray.engine_specs import engine_specs
 from slime.ray.health import HealthMonitor
-from slime.ray.liveness import THREADS, Liveness
-from slime.ray.waiting import wait_for
+from slime.ray.liveness import Liveness
+from slime.ray.routers import Router
 from slime.rollout.staleness import weight_clock
-from slime.utils.processes import ServerProcess, free_port
-from slime.weight_sync.base import EngineError
 from slime.weight_sync.transports import shared_memory_folder
 
 __all__ = ["EngineRecord", "Engines"]
 
 logger = logging.getLogger(__name__)
 
-_DEVICE_SHARE = 0.2  # of a device; a trainer on the same device takes more
-_START_TIMEOUT_S = {"embedded": 300.0, "sglang": 900.0}
-_ROUTER_TIMEOUT_S = 60.0
-_REGISTER_TIMEOUT_S = 120.0
 _STOP_TIMEOUT_S = 5.0
-_ASK_TIMEOUT_S = 5.0
 _NOTICE_S = 10.0  # in which a death that a failed call hints at shows
 _POLL_S = 0.5
 _MEMORY = ("weights", "kv_cache", "cuda_graph")
-_ROUTER = "router"
 _SCHEDULER_PATIENCE = 4.0  # it answers between two steps of its model, or after a bucket of weights
 
 
@@ -51,38 +40,14 @@ def _scheduler(name: str) -> str:
     return f"scheduler of {name}"
 
 
-@dataclass
-class _Slot:
-    """The place of one engine; what runs there may be replaced."""
-
-    spec: EngineSpec
-    actor: Any
-    record: EngineRecord | None = None
-    """None until it is healthy."""
-    is_admitted: bool = False
-    """Whether the router sends it requests."""
-    death: str | None = None
-    """How what runs here was lost; None while it serves."""
-    gave_back: set[str] = field(default_factory=set)
-    """The kinds of memory that it does not hold now; what is started anew holds all."""
-
-    @property
-    def name(self) -> str:
-        return self.spec.name
-
-    @property
-    def owner(self) -> str:
-        return f"owner of {self.spec.name}"
-
-
 class Engines:
-    """All engines of a run and their router, from start to stop; lives in the rollout manager.
+    """All engines of a run and their routers, from start to stop; lives in the rollout manager.
 
     Methods may be called from several threads.
     """
 
     def __init__(self, args: Namespace, devices: Any) -> None:
-        self._args, self._devices = args, devices
+        self._args = args
         self._weights_dir = shared_memory_folder()
         self._liveness = Liveness("the rollout manager", args.liveness_timeout)
         self._health = HealthMonitor(
@@ -90,68 +55,83 @@ class Engines:
             timeout_s=args.rollout_health_check_timeout,
             first_wait_s=args.rollout_health_check_first_wait,
         )
-        self._slots = [_Slot(spec, self._place(spec)) for spec in self._specs()]
-        self._router: ServerProcess | None = None
-        self._router_url = ""
-        self._router_silence: str | None = None
+        self._places = self._make_places(devices)
+        self._routers = self._make_routers()
         self._num_serving = 0
         self._serving_lock = threading.Lock()
         self._lock = threading.RLock()
-        self._starting: dict[str, Any] = {}
+
+    def _make_places(self, devices: Any) -> list[EnginePlace]:
+        args = self._args
+        if getattr(args, "rollout_external", False):
+            addresses = enumerate(args.rollout_external_engine_addrs)
+            return [ExternalEngine(args, index, address, self._weights_dir) for index, address in addresses]
+        specs = engine_specs(args, devices.device_ids, self._weights_dir)
+        return [OwnEngine(args, parts, devices, self._liveness) for parts in specs]
+
+    def _make_routers(self) -> dict[str, Router]:
+        """One a model; the first model's may run already."""
+        args = self._args
+        given = getattr(args, "sglang_router_ip", None)
+        routers: dict[str, Router] = {}
+        for model in dict.fromkeys([place.spec.model for place in self._places] or [DEFAULT_MODEL]):
+            address = (given.strip("[]"), args.sglang_router_port) if given and not routers else None
+            name = "router" if not routers else f"router of {model}"
+            routers[model] = Router(args, self._health, name=name, address=address)
+        return routers
 
     @property
     def records(self) -> list[EngineRecord]:
-        """The engines that serve, or will once they have the weights."""
-        return [slot.record for slot in self._slots if slot.record is not None and slot.death is None]
+        """The engines that serve the trained model, or will once they have the weights."""
+        return [place.record for place in self._serving_places() if place.record and place.spec.updates_weights]
+
+    def _serving_places(self) -> list[EnginePlace]:
+        return [place for place in self._places if place.record is not None and place.death is None]
 
     # ---- start ----
 
     def launch(self) -> None:
-        """Start router and engines, all at once; `wait_until_ready` follows.
+        """Start routers and engines, all at once; `wait_until_ready` follows.
 
-        Sets `args.sglang_router_ip` and `args.sglang_router_port`.
+        Sets `args.sglang_router_ip`, `args.sglang_router_port` and `args.sglang_model_routers`.
         """
+        args = self._args
         self._liveness.start()
-        self._starting = {slot.name: slot.actor.start.remote() for slot in self._slots}
-        self._router_url = self._start_router()
+        for place in self._places:
+            place.begin()
+        port = getattr(args, "sglang_router_port", None)
+        for model, router in self._routers.items():
+            kinds = {place.spec.worker_type for place in self._places if place.spec.model == model}
+            router.start(splits_work=bool(kinds & {"prefill", "decode"}), port=port)
+            port = None
+        addresses = {model: router.address for model, router in self._routers.items()}
+        first = next(iter(addresses.values()))
+        args.sglang_router_ip, args.sglang_router_port = first
+        args.sglang_model_routers = {DEFAULT_MODEL: first} | addresses
 
     def wait_until_ready(self) -> None:
-        """Wait until all engines are healthy, and register them with the router."""
-        self._wait_until_healthy(self._slots, self._starting)
-        self._wait_for_router()
+        """Wait until all engines are healthy, and register them with their routers."""
+        self._wait_until_healthy(self._places)
+        for router in self._routers.values():
+            router.wait()
         self.admit()
-        logger.info(
-            "%d engine(s) behind %s: %s",
-            len(self._slots),
-            self._router_url,
-            ", ".join(record.url for record in self.records),
-        )
+        for model, router in self._routers.items():
+            urls = [place.spec.url for place in self._places if place.spec.model == model]
+            logger.info("%d engine(s) behind %s: %s", len(urls), router.url, ", ".join(urls))
 
-    def _wait_until_healthy(self, slots: list[_Slot], starting: dict[str, Any]) -> None:
-        timeout_s = _START_TIMEOUT_S[self._args.rollout_engine]
-        specs = wait_for(starting, "start", timeout_s)
-        healthy = {slot.name: slot.actor.wait_until_healthy.remote(timeout_s) for slot in slots}
-        wait_for(healthy, "answer", timeout_s + 30)
-        for slot, spec in zip(slots, specs, strict=True):
-            slot.spec, slot.is_admitted, slot.death, slot.gave_back = spec, False, None, set()
-            slot.record = EngineRecord(
-                spec.name,
-                spec.url,
-                self._args.rollout_engine,
-                spec.num_devices,
-                str(spec.weights_dir),
-                spec.index * spec.num_devices,
-            )
-            self._watch_health(slot)
+    def _wait_until_healthy(self, places: list[EnginePlace]) -> None:
+        for place in places:
+            place.wait_until_healthy()
+            self._watch_health(place)
 
-    def _watch_health(self, slot: _Slot) -> None:
-        give_up = partial(self._give_up_engine, slot)
-        self._health.watch(slot.name, f"{slot.spec.url}/health", give_up)
+    def _watch_health(self, place: EnginePlace) -> None:
+        give_up = partial(self._give_up, place)
+        self._health.watch(place.name, place.health_url, give_up)
         if self._args.rollout_engine == "sglang":
             # /health comes from SGLang's front process, however its scheduler is; this answer comes from the scheduler.
             self._health.watch(
-                _scheduler(slot.name),
-                f"{slot.spec.url}/server_info",
+                _scheduler(place.name),
+                f"{place.spec.url}/server_info",
                 give_up,
                 patience=_SCHEDULER_PATIENCE,
                 when=lambda: self._num_serving > 0 and not weight_clock().is_updating,
@@ -169,74 +149,45 @@ class Engines:
                 self._num_serving -= 1
 
     def admit(self) -> None:
-        """Let the router send requests to every engine that serves and that it does not know yet."""
+        """Let routers send requests to every engine that serves and that its router does not know yet."""
         with self._lock:
-            self._admit(self._slots)
+            self._admit(self._places)
 
-    def _admit(self, slots: list[_Slot]) -> None:
-        router = RouterClient(self._router_url)
-        for slot in slots:
-            if slot.record is not None and slot.death is None and not slot.is_admitted:
-                router.add_worker(slot.record.url, timeout_s=_REGISTER_TIMEOUT_S)
-                slot.is_admitted = True
-        router.close()
+    def _admit(self, places: list[EnginePlace]) -> None:
+        for place in places:
+            if place.record is not None and place.death is None and not place.is_admitted:
+                spec = place.spec
+                self._routers[spec.model].admit(place.record.url, spec.worker_type, spec.bootstrap_port)
+                place.is_admitted = True
 
     # ---- watch ----
 
     def dead(self) -> list[str]:
         """One text for each server that is lost: its name, address, how it ended and its last log lines.
 
-        A lost engine is taken out of the router at once.
+        A lost engine is taken out of its router at once.
         """
         with self._lock:
-            texts = [text for text in [self._router_death()] if text is not None]
-            self._find_lost_owners()
-            self._find_ended_servers()
-            for slot in self._slots:
-                if slot.death is not None:
-                    self._withdraw(slot)
-                    texts.append(slot.death)
+            texts = [text for router in self._routers.values() if (text := router.death()) is not None]
+            for place in self._places:
+                if place.death is None:
+                    place.find_out()
+                if place.death is not None:
+                    self._withdraw(place)
+                    texts.append(place.death)
             return texts
 
-    def _find_lost_owners(self) -> None:
-        lost = self._liveness.lost()
-        for slot in self._slots:
-            if slot.death is None and slot.owner in lost:
-                slot.death = f"{slot.name} ended with its owner: {lost[slot.owner]}"
-
-    def _find_ended_servers(self) -> None:
-        asked = {slot.actor.how_it_ended.remote(): slot for slot in self._slots if slot.death is None and slot.record}
-        answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=_ASK_TIMEOUT_S) if asked else ([], [])
-        for ref in answered:
-            slot = asked[ref]
-            with contextlib.suppress(RayError):  # its owner is gone: liveness tells
-                if (how := ray.get(ref)) is not None and slot.record is not None:
-                    slot.death = f"{slot.name} ({slot.record.url}) {how}"
-
-    def _give_up_engine(self, slot: _Slot, reason: str) -> None:
+    def _give_up(self, place: EnginePlace, reason: str) -> None:
         """It is silent: end it, so that whoever waits for it hears of it."""
-        assert slot.record is not None
-        if slot.death is not None:
-            return
-        with contextlib.suppress(RayError):
-            tail = ray.get(slot.actor.log_tail.remote(), timeout=_ASK_TIMEOUT_S)
-            slot.death = f"{slot.name} ({slot.record.url}) {reason} and was killed.\nLast lines of its log:\n{tail}"
-            ray.get(slot.actor.kill.remote(), timeout=_ASK_TIMEOUT_S)
+        if place.death is None:
+            place.kill(reason)
 
-    def _withdraw(self, slot: _Slot) -> None:
-        self._health.forget(slot.name)
-        self._health.forget(_scheduler(slot.name))
-        if slot.record is None or not slot.is_admitted:
-            return
-        slot.is_admitted = False
-        with contextlib.suppress(EngineError):  # a router that is gone knows no engine
-            RouterClient(self._router_url, timeout_s=_ASK_TIMEOUT_S).remove_worker(slot.record.url, _ASK_TIMEOUT_S)
-
-    def _router_death(self) -> str | None:
-        if self._router is None:
-            return None
-        how = self._router_silence or self._router.how_it_ended()
-        return None if how is None else f"The router ({self._router_url}) {how}"
+    def _withdraw(self, place: EnginePlace) -> None:
+        self._health.forget(place.name)
+        self._health.forget(_scheduler(place.name))
+        if place.record is not None and place.is_admitted:
+            place.is_admitted = False
+            self._routers[place.spec.model].withdraw(place.record.url)
 
     # ---- start again ----
 
@@ -247,76 +198,71 @@ class Engines:
         earlier call, after which something else went wrong.
         """
         with self._lock:
-            if self._router_death() is not None:
-                self._restart_router()
-            slots = [slot for slot in self._slots if slot.death is not None]
-            for slot in slots:
-                self._withdraw(slot)
-                if slot.owner in self._liveness.lost():
-                    self._liveness.kill(slot.owner)
-                    slot.actor = self._place(slot.spec)
-            self._wait_until_healthy(slots, {slot.name: slot.actor.start.remote() for slot in slots})
-            return [slot.record for slot in self._slots if slot.record is not None and not slot.is_admitted]
+            for model, router in self._routers.items():
+                if router.death() is not None:
+                    self._restart(model, router)
+            lost = [place for place in self._places if place.death is not None]
+            for place in lost:
+                self._withdraw(place)
+                place.begin()
+            self._wait_until_healthy(lost)
+            waiting = [place for place in self._places if place.record is not None and not place.is_admitted]
+            return [place.record for place in waiting if place.record and place.spec.updates_weights]
 
-    def _restart_router(self) -> None:
-        assert self._router is not None
-        self._health.forget(_ROUTER)
-        self._router.terminate(0.5)
-        self._router.start()
-        self._router_silence = None
-        self._wait_for_router()
-        known = [slot for slot in self._slots if slot.is_admitted]  # others may lack the current weights
-        for slot in known:
-            slot.is_admitted = False
+    def _restart(self, model: str, router: Router) -> None:
+        router.restart()
+        # Others may lack the current weights.
+        known = [place for place in self._places if place.is_admitted and place.spec.model == model]
+        for place in known:
+            place.is_admitted = False
         self._admit(known)
 
     # ---- what all engines do ----
 
     def processes(self) -> list[ProcessInfo]:
-        """Engines with their owners, and the router if it was started here."""
-        found = wait_for({slot.owner: slot.actor.processes.remote() for slot in self._slots}, "tell its pid", 60)
-        router = self._router.server_pid if self._router is not None else None
-        routers = [] if router is None else [ProcessInfo(_ROUTER, "router", router)]
-        return [process for processes in found for process in processes] + routers
+        """Engines with their owners, and routers, as far as they were started here."""
+        parts = [*self._places, *self._routers.values()]
+        return [process for part in parts for process in part.processes()]
 
     def pause(self) -> None:
         """End all requests, and begin none."""
-        self._on_all(lambda slot, engine: engine.pause("abort"))
+        self._on_all(lambda place, engine: engine.pause("abort"))
 
     def release_memory(self) -> None:
-        """Give back weights and caches of every engine."""
+        """Give back weights and caches of every engine that shares its devices."""
 
-        def release(slot: _Slot, engine: EngineClient) -> None:
-            engine.release_memory()
-            slot.gave_back = set(_MEMORY)
+        def release(place: EnginePlace, engine: EngineClient) -> None:
+            if place.gives_memory_back:
+                engine.release_memory()
+                place.gave_back = set(_MEMORY)
 
         self._on_all(release)
 
     def resume_memory(self, tags: list[str]) -> None:
         """Take memory back; weights hold nothing until the next sync."""
 
-        def resume(slot: _Slot, engine: EngineClient) -> None:
-            if wanted := [tag for tag in tags if tag in slot.gave_back]:
+        def resume(place: EnginePlace, engine: EngineClient) -> None:
+            if wanted := [tag for tag in tags if tag in place.gave_back]:
                 engine.resume_memory(wanted)
-                slot.gave_back -= set(wanted)
+                place.gave_back -= set(wanted)
 
         self._on_all(resume)
 
-    def _on_all(self, call: Callable[[_Slot, EngineClient], None]) -> None:
+    def _on_all(self, call: Callable[[EnginePlace, EngineClient], None]) -> None:
         """Call every engine at once. One that fails because it is lost is left to the repair, which comes before it is
         needed; without --use-fault-tolerance `dead` names it.
 
         Raises:
             EngineError: a call failed, and its engine lives.
         """
-        slots = [(slot, slot.record) for slot in self._slots if slot.record is not None and slot.death is None]
-        with ThreadPoolExecutor(max(1, len(slots)), thread_name_prefix="engines") as pool:
-            calls = [(slot, pool.submit(call, slot, record.client())) for slot, record in slots]
-        failed = [(slot, error) for slot, done in calls if (error := done.exception()) is not None]
+        places = [(place, place.record) for place in self._serving_places() if place.record is not None]
+        with ThreadPoolExecutor(max(1, len(places)), thread_name_prefix="engines") as pool:
+            calls = [(place, pool.submit(call, place, record.client())) for place, record in places]
+        failed = [(place, error) for place, done in calls if (error := done.exception()) is not None]
         deadline = time.monotonic() + _NOTICE_S
         while failed and time.monotonic() < deadline:
             self.dead()
-            failed = [(slot, error) for slot, error in failed if slot.death is None]
+            failed = [(place, error) for place, error in failed if place.death is None]
             time.sleep(_POLL_S if failed else 0)
         if failed:
             raise failed[0][1]
@@ -325,78 +271,9 @@ class Engines:
         """End every process that was started here."""
         self._health.close()
         self._liveness.close()
-        stopping = [slot.actor.stop.remote() for slot in self._slots]
+        stopping = [ref for place in self._places for ref in place.begin_to_stop()]
         ray.wait(stopping, num_returns=len(stopping), timeout=2 * _STOP_TIMEOUT_S) if stopping else None
-        for slot in self._slots:
-            ray.kill(slot.actor)
-        if self._router is not None:
-            self._router.terminate(_STOP_TIMEOUT_S)
-        self._slots = []
+        for part in [*self._places, *self._routers.values()]:
+            part.stop()
+        self._places = []
         shutil.rmtree(self._weights_dir, ignore_errors=True)
-
-    # ---- one engine, one router ----
-
-    def _specs(self) -> list[EngineSpec]:
-        args, devices = self._args, self._devices
-        per_engine = args.rollout_num_gpus_per_engine
-        dtype = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
-        return [
-            EngineSpec(
-                index=index,
-                host="127.0.0.1",
-                port=0,
-                num_devices=per_engine,
-                device=args.device,
-                device_ids=tuple(devices.device_ids[index * per_engine : (index + 1) * per_engine]),
-                model_path=args.hf_checkpoint,
-                dtype=dtype,
-                threads=args.rollout_threads,
-                log_path=Path(args.run_dir) / "logs" / f"engine_{index}.log",
-                weights_dir=self._weights_dir,
-                seed=args.seed + index,
-            )
-            for index in range(len(devices.bundles) // per_engine)
-        ]
-
-    def _place(self, spec: EngineSpec) -> Any:
-        resource = cluster.device_resource(self._args)
-        share = {"num_gpus": _DEVICE_SHARE} if resource == "GPU" else {"resources": {resource: _DEVICE_SHARE}}
-        strategy = PlacementGroupSchedulingStrategy(
-            placement_group=self._devices.group,
-            placement_group_bundle_index=self._devices.bundles[spec.index * spec.num_devices],
-        )
-        options: dict[str, Any] = {
-            "num_cpus": _DEVICE_SHARE,
-            "max_concurrency": 4,
-            "scheduling_strategy": strategy,
-            **share,
-        }
-        actor = ray.remote(concurrency_groups=THREADS)(EngineActor).options(**options).remote(self._args, spec)
-        self._liveness.watch(f"owner of {spec.name}", actor)
-        return actor
-
-    def _start_router(self) -> str:
-        args = self._args
-        host = getattr(args, "sglang_router_ip", None)
-        if host:
-            return f"http://{host}:{args.sglang_router_port}"
-        host = "127.0.0.1" if args.device == "cpu" else ray.util.get_node_ip_address()
-        port = getattr(args, "sglang_router_port", None) or free_port(host)
-        argv, env = router_command(args, host, port, free_port(host))
-        self._router = ServerProcess(_ROUTER, argv, env, Path(args.run_dir) / "logs" / "router.log")
-        self._router.start()
-        args.sglang_router_ip, args.sglang_router_port = host, port
-        args.sglang_model_routers = {"default": (host, port)}
-        return f"http://{host}:{port}"
-
-    def _wait_for_router(self) -> None:
-        if self._router is None:
-            return
-        url = f"{self._router_url}/liveness"
-        self._router.wait_until_healthy(url, _ROUTER_TIMEOUT_S)
-        self._health.watch(_ROUTER, url, self._give_up_router)
-
-    def _give_up_router(self, reason: str) -> None:
-        assert self._router is not None
-        self._router_silence = f"{reason} and was killed.\nLast lines of its log:\n{self._router.log_tail()}"
-        self._router.terminate(0.5)

@@ -11,6 +11,9 @@ from urllib.parse import urlsplit
 
 KEY_VARIABLE = "SLIME_API_KEY"
 
+ADMIN_VARIABLE = "SLIME_ADMIN_API_KEY"
+"""The key that SGLang asks for, if it has one, before it pauses, flushes, aborts or takes weights."""
+
 _own_servers: set[str] = set()
 """`host:port` of the run's router and engines."""
 
@@ -20,10 +23,22 @@ def api_key(args: Namespace | None = None) -> str | None:
     return getattr(args, "sglang_api_key", None) or os.environ.get(KEY_VARIABLE) or None
 
 
+def admin_key(args: Namespace | None = None) -> str | None:
+    """`--sglang-admin-api-key`, or SLIME_ADMIN_API_KEY; None where engines need no other key to be controlled, as the
+    embedded one never does."""
+    if getattr(args, "rollout_engine", None) == "embedded":
+        return None
+    return getattr(args, "sglang_admin_api_key", None) or os.environ.get(ADMIN_VARIABLE) or None
+
+
 def take_api_key(args: Namespace) -> None:
-    """Put the key of the flags into this process's environment, for its clients and its children."""
+    """Put the keys of the flags into this process's environment, for its clients and its children."""
     if key := api_key(args):
         os.environ[KEY_VARIABLE] = key
+    if admin := admin_key(args):
+        os.environ[ADMIN_VARIABLE] = admin
+    else:
+        os.environ.pop(ADMIN_VARIABLE, None)
 
 
 def key_environment(args: Namespace | None = None) -> dict[str, str]:
@@ -35,6 +50,11 @@ def key_environment(args: Namespace | None = None) -> dict[str, str]:
 def key_header(key: str | None) -> dict[str, str]:
     """The header that shows a key."""
     return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+def control_header() -> dict[str, str]:
+    """The header of calls that change what an engine does."""
+    return key_header(admin_key() or api_key())
 
 
 def is_own_server(*urls: str) -> None:

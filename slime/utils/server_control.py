@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 
+from slime.utils.api_key import control_header
 from slime.utils.http_utils import get, post
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ async def abort_server_until_idle(url: str, *, interval_s: float = 3.0, timeout_
     pause_s = _FIRST_POLL_S
     while True:
         try:
-            await post(f"{url}/abort_request", {"abort_all": True}, max_retries=1)
+            await post(f"{url}/abort_request", {"abort_all": True}, max_retries=1, headers=control_header())
             num_requests = num_requests_from_load(await get(f"{url}/v1/loads?include=core", max_retries=1))
         except (httpx.HTTPError, TimeoutError, ValueError) as error:
             logger.warning("The requests of %s are taken as ended, because it does not tell its load: %s", url, error)

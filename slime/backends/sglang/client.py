@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 
 from slime.utils.api_key import api_key as the_runs_key
-from slime.utils.api_key import key_header
+from slime.utils.api_key import control_header, key_header
 from slime.utils.server_control import num_requests_from_load
 from slime.weight_sync.base import EngineError
 
@@ -32,12 +32,14 @@ class SGLangClient:
             base_url: e.g. http://127.0.0.1:15000.
             name: how errors call the engine, e.g. "engine 0".
             timeout_s: of each call; loading a large model's weights from a disk needs more than the default.
-            api_key: sent as a bearer token (SGLang's --api-key); the run's if absent.
+            api_key: sent as a bearer token (SGLang's --api-key); the run's if absent. Calls that change something
+                show the run's admin key where there is one.
         """
         self.name = name
         self.url = base_url.rstrip("/")
         self._timeout_s = timeout_s
         headers = key_header(api_key or the_runs_key())
+        self._control = {} if api_key else control_header()
         # Engines are ours and near: a proxy of the environment must not come between.
         self._http = httpx.Client(base_url=self.url, headers=headers, timeout=timeout_s, trust_env=False)
 
@@ -194,9 +196,13 @@ class SGLangClient:
             return ranks[0]
         return {f"tp{rank}:{name}": value for rank, sums in enumerate(ranks) for name, value in sums.items()}
 
+    def model_info(self) -> dict[str, Any]:
+        """Which model it serves: folder, family, version of the weights."""
+        return self._get_json("/model_info")
+
     def weight_version(self) -> str:
         """The version label that the engine puts into its replies."""
-        body = self._get_json("/model_info")
+        body = self.model_info()
         if "weight_version" not in body:
             raise self._error("GET /model_info", f"200 without weight_version: {str(body)[:200]}")
         return str(body["weight_version"])
@@ -221,7 +227,8 @@ class SGLangClient:
     ) -> httpx.Response:
         started = time.monotonic()
         try:
-            return self._http.request(method, path, json=payload, params=query)
+            headers = self._control if method == "POST" else None
+            return self._http.request(method, path, json=payload, params=query, headers=headers)
         except httpx.TimeoutException as error:
             waited_s = time.monotonic() - started
             raise self._error(f"{method} {path}", f"no answer within {waited_s:.1f} s") from error

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from slime.backends.base import EngineSpec
 from slime.backends.sglang.pass_through import changed_flags, is_changed
-from slime.utils.api_key import api_key
+from slime.utils.api_key import admin_key, api_key
 
 PYTHON_VARIABLE = "SLIME_SGLANG_PYTHON"
 """Environment variable: the interpreter that has SGLang, where it is not this one (a CPU test environment, say)."""
 
 # Set by slime itself, from placement; a --sglang- flag cannot change them.
-_OURS = ("sglang_host", "sglang_device", "sglang_api_key")
+_OURS = ("sglang_host", "sglang_device", "sglang_api_key", "sglang_admin_api_key")
 
 # What stock SGLang needs to run without a GPU: attention and sampling in plain torch, nothing captured or compiled,
 # and a cache that leaves the machine's memory to the other processes.
@@ -45,11 +45,14 @@ def server_command(args: Namespace, spec: EngineSpec) -> tuple[list[str], dict[s
     Values that slime knows come first (model, address, devices, seed, memory saver), then every `args.sglang_*` that
     differs from SGLang's default.
     """
+    args = Namespace(**(vars(args) | {f"sglang_{name}": value for name, value in spec.overrides.items()}))
     argv = [os.environ.get(PYTHON_VARIABLE) or sys.executable, "-m", "sglang.launch_server"]
     argv += _from_spec(args, spec)
     argv += changed_flags(args, "sglang", without=_OURS)
     if key := api_key(args):  # the stock server takes it only here, where other users of the machine can read it
         argv += ["--api-key", key]
+    if admin := admin_key(args):
+        argv += ["--admin-api-key", admin]
     defaults = _CPU_DEFAULTS if spec.device == "cpu" else _gpu_defaults(args)
     if not is_changed(args, "sglang", "sglang_dtype"):
         argv += ["--dtype", spec.dtype]
@@ -80,10 +83,26 @@ def _from_spec(args: Namespace, spec: EngineSpec) -> list[str]:
         argv += ["--enable-metrics"]
     if getattr(args, "use_rollout_routing_replay", False):
         argv += ["--enable-return-routed-experts"]
-    if spec.device == "cuda" and getattr(args, "offload_rollout", False):
+    argv += _of_its_role(args, spec)
+    if spec.device == "cuda" and spec.overrides.get("enable_memory_saver", spec.gives_memory_back):
         argv += ["--enable-memory-saver"]
+        if not spec.updates_weights and not is_changed(args, "sglang", "sglang_enable_weights_cpu_backup"):
+            argv += ["--enable-weights-cpu-backup"]  # no sync brings them back
         if is_changed(args, "sglang", "sglang_speculative_algorithm"):
             argv += ["--enable-draft-weights-cpu-backup"]
+    return argv
+
+
+def _of_its_role(args: Namespace, spec: EngineSpec) -> list[str]:
+    """Of an engine over several nodes, or of one that prefills or decodes only."""
+    argv: list[str] = []
+    if spec.num_nodes > 1:
+        argv += ["--nnodes", str(spec.num_nodes), "--node-rank", str(spec.node_rank)]
+        argv += ["--dist-init-addr", spec.dist_address]
+    if spec.worker_type != "regular" and not is_changed(args, "sglang", "sglang_disaggregation_mode"):
+        argv += ["--disaggregation-mode", spec.worker_type]
+    if spec.bootstrap_port and not is_changed(args, "sglang", "sglang_disaggregation_bootstrap_port"):
+        argv += ["--disaggregation-bootstrap-port", str(spec.bootstrap_port)]
     return argv
 
 

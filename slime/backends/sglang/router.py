@@ -32,8 +32,11 @@ _STARTUP_TIMEOUT_S = 300
 _POLL_S = 0.1
 
 
-def router_command(args: Namespace, host: str, port: int, prometheus_port: int) -> tuple[list[str], dict[str, str]]:
-    """Command line and whole environment of a router that listens on `host` alone.
+def router_command(
+    args: Namespace, host: str, port: int, prometheus_port: int, *, splits_work: bool = False
+) -> tuple[list[str], dict[str, str]]:
+    """Command line and whole environment of a router that listens on `host` alone; with `splits_work` its engines
+    prefill or decode only.
 
     Worker health checks and circuit breakers are off unless the router is told otherwise: an engine that is paused for
     new weights answers no health check, and who watches engines here is the health monitor. So are its retries: the
@@ -59,7 +62,7 @@ def router_command(args: Namespace, host: str, port: int, prometheus_port: int) 
         argv += ["--worker-startup-timeout-secs", str(_STARTUP_TIMEOUT_S)]
     if not is_changed(args, "router", "router_worker_startup_check_interval"):
         argv += ["--worker-startup-check-interval", "1"]
-    switches = ["disable-health-check", "disable-circuit-breaker"]
+    switches = ["disable-health-check", "disable-circuit-breaker", *(["pd-disaggregation"] if splits_work else [])]
     if not is_changed(args, "router", "router_retry_max_retries"):
         switches.append("disable-retries")
     for switch in switches:

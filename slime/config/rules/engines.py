@@ -119,6 +119,15 @@ def one_way_to_describe_engines(config: Config) -> None:
         raise ConfigError(f"{' and '.join(used)} each describe the engines; keep one of them")
 
 
+def engines_elsewhere_share_no_devices(config: Config) -> None:
+    """External engines have devices of their own."""
+    if config.is_external and config.cluster.colocate:
+        raise ConfigError(
+            "--colocate lets training and generation take turns on the same devices, but the engines of "
+            "--rollout-external-engine-addrs run where they were started; drop one of the two"
+        )
+
+
 def addresses_are_addresses(config: Config) -> None:
     """External engines are given as host:port."""
     for address in config.rollout.rollout_external_engine_addrs or []:
@@ -191,6 +200,7 @@ RULES = (
     pipeline_divides_the_engine,
     data_parallel_engines_have_attention,
     one_way_to_describe_engines,
+    engines_elsewhere_share_no_devices,
     addresses_are_addresses,
     router_address_is_complete,
     epochs_need_a_data_set,

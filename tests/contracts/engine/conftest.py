@@ -37,7 +37,7 @@ class Stock:
 
         given = read_command_line(self.flags)
         given.problems.raise_if_any()
-        args = Namespace(**{**given.values, "offload_rollout": self.device == "cuda"})
+        args = Namespace(**{**given.values, "colocate": self.device == "cuda"})
         argv, env = server_command(args, _spec(model, port, folder, self.device, self.dtype))
         argv[0] = _stock_interpreter()
         env.pop(PYTHON_VARIABLE, None)
@@ -178,4 +178,5 @@ def _spec(model: Path, port: int, folder: Path, device: str = "cpu", dtype: str 
         weights_dir=folder / "weights",
         seed=1,
         nccl_port=free_port(HOST),
+        gives_memory_back=device == "cuda",
     )

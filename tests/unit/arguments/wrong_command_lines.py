@@ -318,8 +318,8 @@ WRONG_COMMAND_LINES = (
     # engines
     Wrong("data-parallel engines without attention", "--sglang-dp-size 2", "--sglang-dp-size",
           "--sglang-enable-dp-attention"),
-    Wrong("two ways to describe engines", "--prefill-num-servers 1 --sglang-config a.yaml", "--prefill-num-servers",
-          "keep one of them"),
+    Wrong("two ways to describe engines", "--prefill-num-servers 1 --rollout-external-engine-addrs h:1",
+          "--prefill-num-servers", "keep one of them"),
     Wrong("an address that is none", "--rollout-external-engine-addrs localhost", "--rollout-external-engine-addrs",
           "127.0.0.1:30000"),
     Wrong("a router without its port", "--sglang-router-ip 127.0.0.1", "--sglang-router-ip",

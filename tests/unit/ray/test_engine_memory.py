@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from slime.ray import engines as module
-from slime.ray.engines import Engines, _Slot
+from slime.ray.engine_places import EnginePlace
+from slime.ray.engines import Engines
 from slime.weight_sync.base import EngineError
 
 
@@ -37,17 +38,17 @@ class Record:
 
 
 class TwoEngines(Engines):
-    """Two slots without processes; `dead` finds those lost whose client is, unless `notices` is false."""
+    """Two places without processes; `dead` finds those lost whose client is, unless `notices` is false."""
 
     def __init__(self, *clients: Client, notices: bool = True) -> None:
-        spec: Any = type("Spec", (), {"name": "engine"})
-        self._slots = [_Slot(spec, None, Record(client)) for client in clients]  # type: ignore[arg-type]
+        spec: Any = type("Spec", (), {"name": "engine", "gives_memory_back": True})
+        self._places = [EnginePlace(spec, Record(client)) for client in clients]  # type: ignore[arg-type]
         self.clients, self.notices = clients, notices
 
     def dead(self) -> list[str]:
-        for slot, client in zip(self._slots, self.clients, strict=True):
+        for place, client in zip(self._places, self.clients, strict=True):
             if client.is_lost and self.notices:
-                slot.death = "was killed"
+                place.death = "was killed"
         return []
 
 
@@ -66,7 +67,7 @@ def test_an_engine_that_is_lost_meanwhile_is_left_to_the_repair() -> None:
     both.clients[1].is_lost = True
     both.resume_memory(["weights"])
     assert both.clients[0].calls == ["release", ["weights"]]
-    assert both._slots[1].death is not None
+    assert both._places[1].death is not None
     both.resume_memory(["kv_cache"])
     assert both.clients[0].calls[-1] == ["kv_cache"]
 
@@ -74,7 +75,7 @@ def test_an_engine_that_is_lost_meanwhile_is_left_to_the_repair() -> None:
 def test_an_engine_that_was_started_since_has_given_nothing_back() -> None:
     both = TwoEngines(Client(), Client())
     both.release_memory()
-    both._slots[1].gave_back = set()  # as after `restart_dead`
+    both._places[1].gave_back = set()  # as after `restart_dead`
     both.resume_memory(["weights"])
     assert both.clients[1].calls == ["release"]
 

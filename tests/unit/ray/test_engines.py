@@ -1,80 +1,89 @@
 """Which engines the router may send requests to, when servers are lost while others are being replaced."""
 
+import dataclasses
+import itertools
 import threading
+from argparse import Namespace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
-
-from slime.ray import engines as module
-from slime.ray.engines import EngineRecord, Engines, _Slot
+from slime.backends.base import EngineSpec
+from slime.ray.engine_places import EnginePlace
+from slime.ray.engines import Engines
 
 
 class Router:
-    """Stands for the router process and for its client."""
+    """Stands for the router."""
 
     def __init__(self) -> None:
         self.workers: list[str] = []
         self.ended: str | None = None
 
-    def add_worker(self, url: str, **_: Any) -> None:
+    def admit(self, url: str, *_: Any) -> None:
         self.workers.append(url)
 
-    def remove_worker(self, url: str, *_: Any) -> None:
+    def withdraw(self, url: str) -> None:
         self.workers.remove(url)
 
-    def close(self) -> None:
-        pass
-
-    def how_it_ended(self) -> str | None:
+    def death(self) -> str | None:
         return self.ended
 
-    def terminate(self, timeout_s: float) -> None:
+    def restart(self) -> None:
         self.workers.clear()
-
-    def start(self) -> None:
         self.ended = None
 
 
-def make(monkeypatch: pytest.MonkeyPatch) -> tuple[Engines, Router]:
+class Place(EnginePlace):
+    """An engine that serves as soon as it is started, each time at another port."""
+
+    ports = itertools.count()
+
+    def begin(self) -> None:
+        pass
+
+    def wait_until_healthy(self) -> None:
+        self.spec = dataclasses.replace(self.spec, host=self.name, port=next(self.ports))
+        self._serves("embedded")
+
+
+def spec(index: int) -> EngineSpec:
+    return EngineSpec(
+        index=index, host="", port=0, num_devices=1, device="cpu", device_ids=(), model_path="m", dtype="float32",
+        threads=1, log_path=Path("l"), weights_dir=Path("w"), seed=0,
+    )  # fmt: skip
+
+
+def make() -> tuple[Engines, Any]:
     """Two engines that serve; starting one gives it another port."""
-    router, ports = Router(), iter(range(100))
-    monkeypatch.setattr(module, "RouterClient", lambda *_, **__: router)
+    router = Router()
     engines = Engines.__new__(Engines)
-    start = SimpleNamespace(start=SimpleNamespace(remote=lambda: None))
-    engines._slots = [_Slot(SimpleNamespace(name=f"engine {i}"), start) for i in range(2)]  # type: ignore[arg-type]
-    engines._router, engines._router_url, engines._router_silence = router, "http://router", None  # type: ignore[assignment]
+    engines._args = Namespace(rollout_engine="embedded")
+    Place.ports = itertools.count()
+    engines._places = [Place(spec(0)), Place(spec(1))]
+    engines._routers = {"default": router}  # type: ignore[dict-item]
     engines._lock = threading.RLock()
-    nothing = SimpleNamespace(forget=lambda name: None, lost=dict)
-    engines._health = engines._liveness = nothing  # type: ignore[assignment]
-    monkeypatch.setattr(engines, "_wait_for_router", lambda: None)
-
-    def become_healthy(slots: list[_Slot], starting: dict[str, Any]) -> None:
-        for slot in slots:
-            slot.record = EngineRecord(slot.name, f"{slot.name}:{next(ports)}", "embedded", 1, "")
-            slot.is_admitted, slot.death = False, None
-
-    monkeypatch.setattr(engines, "_wait_until_healthy", become_healthy)
-    become_healthy(engines._slots, {})
+    engines._health = SimpleNamespace(forget=lambda name: None, watch=lambda *_, **__: None)  # type: ignore[assignment]
+    engines._wait_until_healthy(engines._places)
     engines.admit()
     return engines, router
 
 
-def test_an_engine_whose_weights_could_not_be_sent_is_handed_out_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    engines, router = make(monkeypatch)
-    engines._slots[1].death = "killed"
+def test_an_engine_whose_weights_could_not_be_sent_is_handed_out_again() -> None:
+    engines, router = make()
+    engines._places[1].death = "killed"
     (restarted,) = engines.restart_dead()
     assert engines.restart_dead() == [restarted], "nothing is lost any more, but it still lacks the weights"
-    assert router.workers == ["engine 0:0"]
+    assert router.workers == ["http://engine 0:0"]
     engines.admit()
-    assert router.workers == ["engine 0:0", restarted.url]
+    assert router.workers == ["http://engine 0:0", restarted.url]
     assert engines.restart_dead() == []
 
 
-def test_a_new_router_does_not_learn_of_engines_without_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    engines, router = make(monkeypatch)
-    engines._slots[1].death = "killed"
+def test_a_new_router_does_not_learn_of_engines_without_the_weights() -> None:
+    engines, router = make()
+    engines._places[1].death = "killed"
     (restarted,) = engines.restart_dead()
     router.ended = "killed"
     assert engines.restart_dead() == [restarted]
-    assert router.workers == ["engine 0:0"]
+    assert router.workers == ["http://engine 0:0"]

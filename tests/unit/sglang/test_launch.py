@@ -75,8 +75,9 @@ def test_pipeline_stages_share_an_engines_devices_with_tensor_ranks():
 
 
 def test_memory_that_is_to_be_released_is_saved_and_not_captured_in_prefill_graphs():
-    args = Namespace(colocate=True, offload_rollout=True)
-    given = options(server_command(args, spec(device="cuda", device_ids=(0,)))[0])
+    args = Namespace(colocate=True)
+    shared = spec(device="cuda", device_ids=(0,), gives_memory_back=True)
+    given = options(server_command(args, shared)[0])
     assert "--enable-memory-saver" in given and "--mem-fraction-static" not in given
     assert given["--cuda-graph-backend-prefill"] == "disabled"
     assert "--enable-memory-saver" not in options(server_command(args, spec())[0])

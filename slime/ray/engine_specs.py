@@ -1,0 +1,69 @@
+"""Which engine computes where: the groups of engines laid out over devices and nodes. Pure arithmetic."""
+
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+from slime.backends.base import EngineSpec
+from slime.config.engine_groups import EngineGroup
+
+
+def engine_specs(args: Namespace, device_ids: Sequence[int], weights_dir: Path) -> list[list[EngineSpec]]:
+    """Every engine of the run as one spec a node, in the order of the devices; addresses come when they start.
+
+    Args:
+        args: reads `engine_groups`, `num_gpus_per_node`, the model's folder, number format and seed.
+        device_ids: physical ids of all devices for generation on their nodes, nodes one after another.
+        weights_dir: folder through which a trainer on the same host hands over weights.
+    """
+    trained_on = args.actor_num_nodes * args.actor_num_gpus_per_node if args.colocate else 0
+    engines: list[list[EngineSpec]] = []
+    first = 0
+    for group in args.engine_groups:
+        for position in range(group.num_engines):
+            place = range(
+                first + position * group.num_gpus_per_engine, first + (position + 1) * group.num_gpus_per_engine
+            )
+            shares = bool(args.offload_rollout) and (place.start < trained_on or not args.colocate)
+            engines.append(_engine(args, group, len(engines), place, device_ids, weights_dir, shares))
+        first += group.num_gpus
+    return engines
+
+
+def _engine(
+    args: Namespace,
+    group: EngineGroup,
+    index: int,
+    place: range,
+    device_ids: Sequence[int],
+    weights_dir: Path,
+    shares_devices: bool,
+) -> list[EngineSpec]:
+    per_node = min(group.num_gpus_per_engine, args.num_gpus_per_node)
+    num_nodes = group.num_gpus_per_engine // per_node
+    dtype = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
+    return [
+        EngineSpec(
+            index=index,
+            host="127.0.0.1",
+            port=0,
+            num_devices=group.num_gpus_per_engine,
+            device=args.device,
+            device_ids=tuple(device_ids[place.start + node * per_node : place.start + (node + 1) * per_node]),
+            model_path=group.model_path or args.hf_checkpoint,
+            dtype=dtype,
+            threads=args.rollout_threads,
+            log_path=Path(args.run_dir) / "logs" / f"engine_{index}{f'_node_{node}' if node else ''}.log",
+            weights_dir=weights_dir,
+            seed=args.seed + index,
+            model=group.model,
+            worker_type=group.worker_type,
+            overrides=group.overrides,
+            updates_weights=group.updates_weights,
+            gives_memory_back=shares_devices,
+            first_device=place.start,
+            num_nodes=num_nodes,
+            node_rank=node,
+        )
+        for node in range(num_nodes)
+    ]
