@@ -17,7 +17,6 @@ from .conftest import LiveRun
 
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(1500)]
 
-SAMPLES = 16  # a rollout
 LONG_REPLIES = ("--rollout-max-response-len", "300")  # so that a signal comes while they are made
 END_WITHIN_S = 60
 
@@ -73,6 +72,7 @@ def test_a_server_that_dies_or_stops_is_started_again_and_every_sample_is_made_o
     begin: Callable[[list[str]], LiveRun], flags: list[str]
 ) -> None:
     run = begin([*flags, "--use-fault-tolerance", "--num-rollout", "6"])
+    token = run.token
     attacks: list[tuple[Callable[[LiveRun, str], psutil.Process], str, signal.Signals]] = [
         (server, "engine 0", signal.SIGKILL),
         (scheduler, "engine 1", signal.SIGKILL),
@@ -92,19 +92,20 @@ def test_a_server_that_dies_or_stops_is_started_again_and_every_sample_is_made_o
     # A restarted engine that had served old weights would show here.
     assert max(step["train/train_rollout_logprob_abs_diff"] for step in steps) < 1e-4
     assert restarts(run) == len(attacks)
-    wait_until(lambda: not marked_pids(run.token), timeout_s=15)
+    wait_until(lambda: not marked_pids(token), timeout_s=15)
 
 
 def test_without_fault_tolerance_the_death_of_a_scheduler_ends_the_run_by_name(
     begin: Callable[[list[str]], LiveRun], flags: list[str]
 ) -> None:
     run = begin([*flags, "--num-rollout", "3"])
+    token = run.token
     run.wait_for_phase("generate", rollout_id=1)
     scheduler(run, "engine 1").kill()
     assert run.process.wait(END_WITHIN_S) == 1
     assert "engine 1 (http://" in run.output
     assert "--use-fault-tolerance" in run.output
-    wait_until(lambda: not marked_pids(run.token), timeout_s=15)
+    wait_until(lambda: not marked_pids(token), timeout_s=15)
 
 
 def test_the_death_of_a_trainer_rank_ends_the_run_and_the_next_start_resumes(
@@ -112,11 +113,12 @@ def test_the_death_of_a_trainer_rank_ends_the_run_and_the_next_start_resumes(
 ) -> None:
     words = [*flags, "--num-rollout", "3", "--save-interval", "1"]
     run = begin(words)
+    token = run.token
     run.wait_for_phase("generate", rollout_id=2)
     os.kill(server(run, "actor rank 0").pid, signal.SIGKILL)
     assert run.process.wait(END_WITHIN_S) == 1
     assert "actor rank 0" in run.output
-    wait_until(lambda: not marked_pids(run.token), timeout_s=15)
+    wait_until(lambda: not marked_pids(token), timeout_s=15)
     again = begin(words)
     assert again.process.wait(300) == 0, again.output[-6000:]
     steps = [line["step"] for line in read_metrics(again.folder) if line["step"] >= 0]
