@@ -19,7 +19,8 @@ _ENGINE_MAX = 0.5
 _ENGINE_MIN = 0.15
 _UNCOUNTED_BYTES = 12 * GIB  # two CUDA contexts, NCCL's and cuBLAS's buffers, the engine's graphs and its activations
 _MARGIN = 1.3  # of what training allocates over what its tensors sum up to: fragments, and temporaries of the backward
-_CHUNK_TOKENS = 2048  # tokens whose logits exist at a time
+_CHUNK_TOKENS = 4096  # tokens whose logits are made at a time
+_KEPT_LOGITS = 1 / 24  # of a GPU, at most, for logits that wait for the backward pass
 _TOO_LARGE = (
     "it will hardly fit; try --recompute-granularity full --recompute-method uniform --recompute-num-layers 1, less "
     "--max-tokens-per-gpu or --micro-batch-size, --tensor-model-parallel-size 2 --sequence-parallel, or more GPUs"
@@ -103,7 +104,9 @@ def trainer_memory(config: Config, parallel: Parallel, batch: Batch, values: Map
     else:
         kept = whole_layer * layers
     tokens = _micro_batch_tokens(config, batch)
-    logits = min(tokens, _CHUNK_TOKENS) * values["vocab_size"] / tensor * (2 + 4 + 4)
+    per_row = 2 * values["vocab_size"] / tensor
+    kept_logits = min(tokens * per_row, _KEPT_LOGITS * (config.machine.gpu_memory_bytes or 80 * GIB))
+    logits = kept_logits + min(tokens, _CHUNK_TOKENS) * per_row
     return int(_MARGIN * (states + tokens * kept / parallel.context + logits))
 
 
