@@ -96,20 +96,21 @@ def _gpu_id() -> int:
     return int(ray.get_gpu_ids()[0])
 
 
-def create_rollout_manager(args: Namespace, devices: Devices) -> tuple[Any, int | None]:
-    """Start engines, router and data source; returns the manager and the rollouts an epoch.
-
-    Resolves `args.num_rollout` where only --num-epoch was given.
-    """
+def create_rollout_manager(args: Namespace, devices: Devices) -> tuple[Any, Any]:
+    """Begin to start engines, router and data source; returns the manager and what `wait_until_started` waits for."""
     # Beside the driver, if there is room: it reads the prompts and writes to the run's folder.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     options = {"num_cpus": 1, "num_gpus": 0, "max_concurrency": 8, "scheduling_strategy": here}
     manager = RolloutManager.options(**options).remote(args, devices)
-    try:
-        wait_for({_MANAGER: manager.start.remote()}, "start engines and load prompts")
-    except BaseException:
-        dispose(manager)
-        raise
+    return manager, manager.start.remote()
+
+
+def wait_until_started(args: Namespace, manager: Any, starting: Any) -> int | None:
+    """Wait for engines and prompts; returns the rollouts an epoch.
+
+    Resolves `args.num_rollout` where only --num-epoch was given.
+    """
+    wait_for({_MANAGER: starting}, "start engines and load prompts")
     (num_rollout_per_epoch,) = wait_for({_MANAGER: manager.get_num_rollout_per_epoch.remote()}, "count its prompts")
     if args.num_rollout is None:
         args.num_rollout = args.num_epoch * num_rollout_per_epoch
@@ -118,7 +119,7 @@ def create_rollout_manager(args: Namespace, devices: Devices) -> tuple[Any, int 
                 f"--num-epoch {args.num_epoch} gives no rollout: the prompt data has fewer rows than "
                 f"--rollout-batch-size {args.rollout_batch_size}. Add rows or lower --rollout-batch-size."
             )
-    return manager, num_rollout_per_epoch
+    return num_rollout_per_epoch  # type: ignore[no-any-return]
 
 
 def dispose(manager: Any) -> None:
@@ -136,8 +137,4 @@ def create_training_models(args: Namespace, groups: dict[str, Devices], rollout_
     if args.start_rollout_id is None:
         args.start_rollout_id = start_ids[0]
     actor.continue_versions(args.start_rollout_id)
-    if rollout_manager is not None and args.start_rollout_id > 0:
-        loading = rollout_manager.load.remote(args.start_rollout_id - 1)
-        (newest_version,) = wait_for({_MANAGER: loading}, "load the data position")
-        actor.continue_versions(newest_version)
     return actor, None

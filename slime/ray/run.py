@@ -22,10 +22,12 @@ from slime.ray import cluster
 from slime.ray.leaving import Leaving, Preempted
 from slime.ray.liveness import Liveness
 from slime.ray.placement_group import (
+    Devices,
     create_placement_groups,
     create_rollout_manager,
     create_training_models,
     dispose,
+    wait_until_started,
 )
 from slime.ray.repair import Repairs
 from slime.ray.rollout import MadeRollout
@@ -156,30 +158,44 @@ class Run:
         self._liveness.start()
         set_look(self._watch.look)
         groups = create_placement_groups(args)
-        logger.info("starting engines (%s) and loading prompts", args.rollout_engine)
-        self._manager, rollouts_per_epoch = create_rollout_manager(args, groups["rollout"])
-        self._liveness.watch(_MANAGER, self._manager)
-        if args.debug_rollout_only:
-            args.start_rollout_id = args.start_rollout_id or 0
-        else:
-            logger.info(
-                "starting %d trainer rank(s), loading %s",
-                len(groups["actor"].bundles),
-                args.hf_checkpoint,
-            )
-            self._actor, _ = create_training_models(args, groups, self._manager)
-            for name, actor in self._actor.actors().items():
-                self._liveness.watch(name, actor)
+        rollouts_per_epoch = self._start_engines_and_trainer(groups)
         unfinished = self._log.begin(args.start_rollout_id)
         self._is_unfinished = args.start_rollout_id == 0 or unfinished is not None
         self._metrics |= unfinished or {}
         self.schedule = Schedule.of(args, rollouts_per_epoch)
         self._trained = self._saved = self._logged = self._begun = self.schedule.start - 1
-        self._turns = Turns(args, self._actor, self._manager)
         if not args.debug_train_only:
             self._watch.repairs = Repairs(args, self._manager, self._actor, self._show_processes, self._new_version)
         self._watch.manager = self._manager
         self._show_processes()
+
+    def _start_engines_and_trainer(self, groups: dict[str, Devices]) -> int | None:
+        """Both load at the same time, unless engines have to make room for the trainer; the rollouts of an epoch."""
+        args = self.args
+        logger.info("starting engines (%s) and loading prompts", args.rollout_engine)
+        self._manager, starting = create_rollout_manager(args, groups["rollout"])
+        self._liveness.watch(_MANAGER, self._manager)
+        self._turns = Turns(args, self._manager)
+        waits = args.offload_rollout or args.num_rollout is None or args.debug_rollout_only
+        rollouts_per_epoch = wait_until_started(args, self._manager, starting) if waits else None
+        if args.debug_rollout_only:
+            args.start_rollout_id = args.start_rollout_id or 0
+        else:
+            self._turns.to_loading(self._clock)
+            self._start_trainer(groups)
+        if not waits:
+            rollouts_per_epoch = wait_until_started(args, self._manager, starting)
+        if self._actor is not None and args.start_rollout_id > 0:
+            self._actor.continue_versions(self._ask("load", args.start_rollout_id - 1, what="load the data position"))
+        return rollouts_per_epoch
+
+    def _start_trainer(self, groups: dict[str, Devices]) -> None:
+        num_ranks = len(groups["actor"].bundles)
+        logger.info("starting %d trainer rank(s), loading %s", num_ranks, self.args.hf_checkpoint)
+        self._actor, _ = create_training_models(self.args, groups, self._manager)
+        for name, actor in self._actor.actors().items():
+            self._liveness.watch(name, actor)
+        self._turns.trainer = self._actor
 
     def _connect(self) -> None:
         if self._actor is None or self.args.debug_train_only:

@@ -15,34 +15,40 @@ class Turns:
     Engines that gave their memory back hold no weights, so a sync follows before they generate again.
     """
 
-    def __init__(self, args: Namespace, trainer: Any, rollout_manager: Any) -> None:
+    def __init__(self, args: Namespace, rollout_manager: Any) -> None:
         """
         Args:
             args: reads `offload_rollout` and `offload_train`.
-            trainer: has `offload`, `offload_weights` and `onload`; None where nothing is trained.
             rollout_manager: the actor whose `offload`, `onload_weights` and `onload_kv` reach the engines.
         """
         self._engines_share, self._trainer_shares = bool(args.offload_rollout), bool(args.offload_train)
-        self._trainer, self._manager = trainer, rollout_manager
+        self._manager = rollout_manager
+        self.trainer: Any = None
+        """Has `offload`, `offload_weights` and `onload`; None until it is there, and where nothing is trained."""
         self._engines_gave_back = False
         self._trainer_gave_back = False
 
-    def to_trainer(self, clock: StepClock) -> None:
-        """Before training: engines release weights and caches, the trainer takes its memory."""
-        if self._engines_share and not self._engines_gave_back:
+    def to_loading(self, clock: StepClock) -> None:
+        """Before the trainer loads its model: it needs what engines that came first have taken."""
+        if self._engines_share:
             with clock.phase("offload"):
                 self._ask("offload", "release the engines' memory")
             self._engines_gave_back = True
+
+    def to_trainer(self, clock: StepClock) -> None:
+        """Before training: engines release weights and caches, the trainer takes its memory."""
+        if not self._engines_gave_back:
+            self.to_loading(clock)
         if self._trainer_gave_back:
             with clock.phase("onload"):
-                self._trainer.onload()
+                self.trainer.onload()
             self._trainer_gave_back = False
 
     def to_engines(self, clock: StepClock) -> None:
         """Before a sync: the trainer releases what only training needs, engines make room for weights."""
         if self._trainer_shares and not self._trainer_gave_back:
             with clock.phase("offload"):
-                self._trainer.offload()
+                self.trainer.offload()
             self._trainer_gave_back = True
         if self._engines_gave_back:
             with clock.phase("onload"):
@@ -52,7 +58,7 @@ class Turns:
         """After a sync: the trainer releases its weights too, engines make room for their caches."""
         if self._trainer_gave_back:
             with clock.phase("offload"):
-                self._trainer.offload_weights()
+                self.trainer.offload_weights()
         if self._engines_gave_back:
             with clock.phase("onload"):
                 self._ask("onload_kv", "make room for caches in the engines")

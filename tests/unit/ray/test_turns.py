@@ -28,6 +28,12 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     return Recorder()
 
 
+def turns_of(args: Namespace, recorder: Recorder) -> turns.Turns:
+    hands = turns.Turns(args, recorder)
+    hands.trainer = recorder
+    return hands
+
+
 def one_step(hands: turns.Turns, recorder: Recorder, syncs: bool = True) -> list[str]:
     recorder.calls.clear()
     clock = StepClock()
@@ -41,14 +47,23 @@ def one_step(hands: turns.Turns, recorder: Recorder, syncs: bool = True) -> list
 
 
 def test_shared_devices_are_released_before_the_other_side_takes_them(recorder: Recorder) -> None:
-    hands = turns.Turns(Namespace(offload_rollout=True, offload_train=True), recorder, recorder)
+    hands = turns_of(Namespace(offload_rollout=True, offload_train=True), recorder)
     handed_over = ["offload", "onload_weights", "sync", "offload_weights", "onload_kv"]
     assert one_step(hands, recorder) == ["offload", "train", *handed_over]
     assert one_step(hands, recorder) == ["offload", "onload", "train", *handed_over]
 
 
+def test_engines_that_came_first_make_room_for_a_trainer_that_loads(recorder: Recorder) -> None:
+    hands = turns_of(Namespace(offload_rollout=True, offload_train=True), recorder)
+    clock = StepClock()
+    hands.to_loading(clock)
+    hands.to_engines(clock)
+    hands.to_generation(clock)
+    assert recorder.calls == ["offload", "offload", "onload_weights", "offload_weights", "onload_kv"]
+
+
 def test_the_first_sync_finds_engines_that_never_gave_anything_back(recorder: Recorder) -> None:
-    hands = turns.Turns(Namespace(offload_rollout=True, offload_train=False), recorder, recorder)
+    hands = turns_of(Namespace(offload_rollout=True, offload_train=False), recorder)
     clock = StepClock()
     hands.to_engines(clock)
     hands.to_generation(clock)
@@ -56,7 +71,7 @@ def test_the_first_sync_finds_engines_that_never_gave_anything_back(recorder: Re
 
 
 def test_devices_of_their_own_are_kept(recorder: Recorder) -> None:
-    hands = turns.Turns(Namespace(offload_rollout=False, offload_train=False), recorder, recorder)
+    hands = turns_of(Namespace(offload_rollout=False, offload_train=False), recorder)
     assert one_step(hands, recorder) == ["train", "sync"]
 
 
