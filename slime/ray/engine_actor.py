@@ -13,7 +13,7 @@ from slime.observability.run_status import ProcessInfo
 from slime.ray.liveness import Pulse
 from slime.utils.processes import ServerProcess, free_port
 
-_STOP_TIMEOUT_S = 5.0
+_STOP_TIMEOUT_S = 2.0  # SGLang drains for longer, but nothing it holds is worth waiting for
 _KILL_TIMEOUT_S = 0.5
 
 
