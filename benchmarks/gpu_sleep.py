@@ -7,6 +7,7 @@ A colocated run with --offload; memory is what nvidia-smi says, by process where
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -69,7 +70,7 @@ def _run(folder: str) -> tuple[dict[str, list[tuple[int, str]]], list[dict[str, 
 
 def _gpu_memory() -> tuple[int, str]:
     """MiB in use, and by process where nvidia-smi may say so."""
-    query = ["nvidia-smi", "--format=csv,noheader,nounits"]
+    query = ["nvidia-smi", "--format=csv,noheader,nounits", "-i", os.environ.get("CUDA_VISIBLE_DEVICES", "0")]
     total = subprocess.run([*query, "--query-gpu=memory.used"], capture_output=True, text=True, check=True).stdout
     apps = subprocess.run([*query, "--query-compute-apps=name,used_memory"], capture_output=True, text=True, check=True)
     return int(total.split()[0]), "; ".join(apps.stdout.split("\n")).strip("; ")
