@@ -71,7 +71,9 @@ UNBUILT: dict[str, tuple[_Test, str]] = {
     "use_stateless_adam": (_is_on, "use --optimizer adam"),
     "custom_update_weight_post_write_path": (_is_on, "leave it out"),
     "update_weight_local_checkpoint_dir": (_is_on, "leave it out"),
-    "update_weight_mode": (_not("full"), "use full"),
+    "update_weight_mode": (
+        _not("full"), "stock SGLang loads whole tensors and has no call that applies a difference to them; use full"
+    ),
     "update_weight_delta_encoding": (_not("xor"), "weights are sent whole; leave it out"),
     "update_weight_delta_checksum": (_not("xxh3-128"), "weights are sent whole; leave it out"),
 }  # fmt: skip
