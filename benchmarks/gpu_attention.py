@@ -68,7 +68,7 @@ def ways(lengths: Sequence[int]) -> dict[str, Callable[[], Attention]]:
             from slime.backends.megatron.gpu_attention import Sequences, attention_named
 
             attend = attention_named(name)
-            sequences = Sequences(boundaries, boundaries, longest, longest, has_prefixes=False)
+            sequences = Sequences(boundaries, boundaries, tuple(lengths), tuple(lengths))
             return lambda q, k, v: attend(q, k, v, sequences, DIM**-0.5)
 
         return make

@@ -297,7 +297,7 @@ def choices() -> dict[str, Any]:
         return {"as it is": None}
     ways: dict[str, Any] = {}
     for pointwise in POINTWISE_NAMES:
-        ways[f"{pointwise}, torch varlen"] = {"pointwise": pointwise, "attention": "torch varlen"}
+        ways[f"{pointwise}, {ATTENTION_NAMES[0]}"] = {"pointwise": pointwise, "attention": ATTENTION_NAMES[0]}
     for attention in ATTENTION_NAMES:
         ways.setdefault(f"{POINTWISE_NAMES[0]}, {attention}", {"pointwise": POINTWISE_NAMES[0], "attention": attention})
     return ways

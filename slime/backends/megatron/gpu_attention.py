@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 @dataclass(frozen=True)
@@ -25,17 +27,28 @@ class Sequences:
 
     Attributes:
         query_boundaries, key_boundaries: [B + 1] int32 on the device, from 0 to T and S.
-        longest_query, longest_key: rows of the longest sequence.
-        has_prefixes: whether any sequence has more keys than queries.
+        query_lengths, key_lengths: of each sequence.
         derived: what a kernel makes of it, kept for the next layer.
     """
 
     query_boundaries: Tensor
     key_boundaries: Tensor
-    longest_query: int
-    longest_key: int
-    has_prefixes: bool
+    query_lengths: tuple[int, ...]
+    key_lengths: tuple[int, ...]
     derived: dict[Any, Any] = field(default_factory=dict, compare=False)
+
+    @functools.cached_property
+    def longest_query(self) -> int:
+        return max(self.query_lengths, default=0)
+
+    @functools.cached_property
+    def longest_key(self) -> int:
+        return max(self.key_lengths, default=0)
+
+    @functools.cached_property
+    def has_prefixes(self) -> bool:
+        """Whether any sequence has more keys than queries."""
+        return self.query_lengths != self.key_lengths
 
 
 Attention = Callable[[Tensor, Tensor, Tensor, Sequences, float], Tensor]
@@ -83,9 +96,83 @@ class _FlashAttention(torch.autograd.Function):
 
 
 def _torch_varlen() -> Attention:
+    return _flash
+
+
+def _flash(query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scale: float) -> Tensor:
+    out: Tensor = _FlashAttention.apply(query, key, value, sequences, scale)
+    return out
+
+
+_LONG = 4096
+"""Rows from which on a sequence of its own keeps the device busy."""
+
+
+class Piece(NamedTuple):
+    """Consecutive rows that one kernel computes.
+
+    Attributes:
+        padded: the size that a single long sequence is padded to; 0 for the sequences of `sequences`.
+    """
+
+    start: int
+    stop: int
+    padded: int
+    sequences: Sequences | None
+
+
+def pieces_of(sequences: Sequences) -> list[Piece]:
+    """Long sequences one by one, and the others between them together; with prefixes, all together."""
+    if sequences.has_prefixes or sequences.longest_query < _LONG:
+        return [Piece(0, sum(sequences.query_lengths), 0, sequences)]
+    pieces: list[Piece] = []
+    row = first = 0
+    lengths = sequences.query_lengths
+    for i, length in enumerate(lengths):
+        is_end = i + 1 == len(lengths) or lengths[i + 1] >= _LONG
+        if length >= _LONG:
+            pieces.append(Piece(row, row + length, _rounded_up(length), None))
+            first = i + 1
+        elif is_end:
+            boundaries = sequences.query_boundaries[first : i + 2] - sequences.query_boundaries[first]
+            among = lengths[first : i + 1]
+            part = Sequences(boundaries, boundaries, among, among)
+            pieces.append(Piece(row + length - sum(among), row + length, 0, part))
+        row += length
+    return pieces
+
+
+def _torch_by_length() -> Attention:
+    """cuDNN, as torch calls it, for each long sequence; flash attention for all others together.
+
+    cuDNN is nearly twice as fast from some thousand rows on, but torch offers it only for whole batches.
+    """
+    backends = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+
+    def attend_alone(query: Tensor, key: Tensor, value: Tensor, padded: int, scale: float) -> Tensor:
+        length = query.size(0)
+        # hidden from every row that counts, as it comes after them
+        inputs = (F.pad(x, (0, 0, 0, 0, 0, padded - length)) if padded > length else x for x in (query, key, value))
+        q, k, v = (x.transpose(0, 1)[None] for x in inputs)
+        with sdpa_kernel(backends, set_priority=True):
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+        return out[0].transpose(0, 1)[:length]
+
     def attend(query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scale: float) -> Tensor:
-        out: Tensor = _FlashAttention.apply(query, key, value, sequences, scale)
-        return out
+        if "pieces" not in sequences.derived:
+            sequences.derived["pieces"] = pieces_of(sequences)
+        parts = []
+        for piece in sequences.derived["pieces"]:
+            q, k, v = (
+                (query, key, value)
+                if piece.sequences is sequences
+                else (x[piece.start : piece.stop] for x in (query, key, value))
+            )
+            alone = piece.sequences is None
+            parts.append(
+                attend_alone(q, k, v, piece.padded, scale) if alone else _flash(q, k, v, piece.sequences, scale)
+            )
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     return attend
 
@@ -327,6 +414,7 @@ def _cudnn_frontend() -> Attention:
 
 
 ATTENTIONS: dict[str, Callable[[], Attention]] = {
+    "torch by length": _torch_by_length,
     "torch varlen": _torch_varlen,
     "cuDNN front end": _cudnn_frontend,
 }

@@ -23,7 +23,7 @@ POINTWISE_NAMES = ("Triton", "torch")
 ATTENTION_NAMES = tuple(ATTENTIONS)
 """Kernels of `gpu_attention`, the preferred one first."""
 
-_BY_FLAG = {"auto": ATTENTION_NAMES, "flash": ("torch varlen",), "fused": ("cuDNN front end",)}
+_BY_FLAG = {"auto": ATTENTION_NAMES, "flash": ("torch by length",), "fused": ("cuDNN front end",)}
 """--attention-backend -> kernels to try, in order."""
 
 

@@ -59,20 +59,19 @@ def packed_segments(batch: PackedBatch, inverse_frequencies: Tensor, dtype: torc
         dtype: that cosines are rounded to; angles are taken in float32.
     """
     angles = torch.outer(batch.position_ids.float(), inverse_frequencies)[:, None, :]
-    key_lengths = [segment.prefix_len + segment.q_len for segment in batch.segments]
-    query_lengths = [segment.q_len for segment in batch.segments]
+    key_lengths = tuple(segment.prefix_len + segment.q_len for segment in batch.segments)
+    query_lengths = tuple(segment.q_len for segment in batch.segments)
     device = batch.input_ids.device
     has_prefixes = batch.has_shared_prompts
     boundaries = _cumulative(query_lengths, device)
     key_boundaries = _cumulative(key_lengths, device) if has_prefixes else boundaries
-    longest = max(query_lengths, default=0), max(key_lengths, default=0)
-    sequences = Sequences(boundaries, key_boundaries, *longest, has_prefixes)
+    sequences = Sequences(boundaries, key_boundaries, query_lengths, key_lengths)
     return PackedSegments(
         qkv_format="thd",
         cu_seqlens_q=boundaries,
         cu_seqlens_kv=key_boundaries,
-        max_seqlen_q=longest[0],
-        max_seqlen_kv=longest[1],
+        max_seqlen_q=sequences.longest_query,
+        max_seqlen_kv=sequences.longest_key,
         sequences=sequences,
         segments=batch.segments,
         cos=angles.cos().to(dtype),
