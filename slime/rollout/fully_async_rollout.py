@@ -2,9 +2,10 @@
 
 `--rollout-function-path slime.rollout.fully_async_rollout.generate_rollout_fully_async`. A rollout is the first
 `--rollout-batch-size` groups that are done, those of the oldest weights first; what is unfinished goes on, through new
-weights too. The pool is bounded: it holds --async-buffer-size rollouts, in flight or ready, and beside them groups that
-are late. None is trained that is more than --async-buffer-size + --update-weights-interval rollouts old; what becomes
-of a group that would be is said by --stale-samples.
+weights too. The pool is bounded: it holds --async-buffer-size rollouts, in flight or ready, an eighth of one to spare
+(or what --over-sampling-batch-size adds), and groups that are late. None is trained that is more than
+--async-buffer-size + --update-weights-interval rollouts old; what becomes of a group that would be is said by
+--stale-samples.
 """
 
 import asyncio
@@ -28,6 +29,9 @@ from slime.utils.types import Sample
 
 logger = logging.getLogger(__name__)
 
+_SPARE = 8
+"""One group in so many is drawn beyond what a rollout needs, so that a late one makes nobody wait; at most a rollout's
+worth, which keeps all others below the limit."""
 _STATUS_S = 60.0
 """A rollout that waits says so this often."""
 
@@ -81,7 +85,8 @@ class AsyncRolloutWorker:
         self.args, self.data_buffer = args, data_buffer
         requests = args.sglang_server_concurrency * max(1, get_rollout_num_engines(args))
         self.concurrency = concurrency or max(1, requests // args.n_samples_per_prompt)
-        self.capacity = args.rollout_batch_size * args.async_buffer_size
+        spare = max(args.over_sampling_batch_size - args.rollout_batch_size, args.rollout_batch_size // _SPARE)
+        self.capacity = args.rollout_batch_size * args.async_buffer_size + min(spare, args.rollout_batch_size)
         self._policy = getattr(args, "stale_samples", "discard")
         self._limit = staleness_limit(args)
         self._pool = _Pool()
@@ -102,11 +107,11 @@ class AsyncRolloutWorker:
                 "%s keeps its own state: groups in flight at a checkpoint do not come back after a resume",
                 type(self.data_buffer).__name__,
             )
-        run(self._start())
+        run(self.begin())
 
     def stop(self) -> None:
         """Cancel what is in flight; its groups stay in the pool for a checkpoint."""
-        run(self._stop())
+        run(self.end())
 
     def queue_size(self) -> int:
         """Groups that are done and not taken."""
@@ -118,7 +123,7 @@ class AsyncRolloutWorker:
 
     def take_rollout(self, rollout_id: int) -> RolloutFnTrainOutput:
         """Wait until a rollout is full and take it."""
-        return run(self._collect(rollout_id))
+        return run(self.collect(rollout_id))
 
     def state_after(self, rollout_id: int) -> dict[str, Any]:
         """The data source's state for a checkpoint: what no rollout up to `rollout_id` has taken is in its buffer."""
@@ -126,11 +131,13 @@ class AsyncRolloutWorker:
 
     # ---- on the loop ----
 
-    async def _start(self) -> None:
+    async def begin(self) -> None:
+        """`start`, for a coroutine."""
         self._is_running = True
         self._top_up()
 
-    async def _stop(self) -> None:
+    async def end(self) -> None:
+        """`stop`, for a coroutine."""
         self._is_running = False
         tasks = [flight.task for flight in self._pool.in_flight if flight.task is not None]
         for task in tasks:
@@ -200,7 +207,8 @@ class AsyncRolloutWorker:
 
     # ---- one rollout ----
 
-    async def _collect(self, rollout_id: int) -> RolloutFnTrainOutput:
+    async def collect(self, rollout_id: int) -> RolloutFnTrainOutput:
+        """`take_rollout`, for a coroutine."""
         args, pool, started = self.args, self._pool, time.perf_counter()
         pool.taken = [f for f in pool.taken if (f.rollout_id or 0) >= rollout_id - args.async_buffer_size]
         collection = Collection(args, rollout_id, _load_optional(args, "dynamic_sampling_filter_path"))

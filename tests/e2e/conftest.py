@@ -49,11 +49,11 @@ Train = Callable[..., FinishedRun]
 def train(repository: Path, tmp_path: Path) -> Train:
     """`train(words)`: runs train.py with these flags; fails with the end of its output unless it exits with 0."""
 
-    def start(words: list[str], *, expect_exit_code: int = 0) -> FinishedRun:
+    def start(words: list[str], *, expect_exit_code: int = 0, program: str = "train.py") -> FinishedRun:
         cost_file = tmp_path / "cost.json"
         wrapper = [sys.executable, "scripts/cpu_time.py", "--write", str(cost_file), "--"]
         done = subprocess.run(
-            [*wrapper, sys.executable, "train.py", *words, "--output-dir", str(tmp_path), "--run-name", "run"],
+            [*wrapper, sys.executable, program, *words, "--output-dir", str(tmp_path), "--run-name", "run"],
             cwd=repository,
             env={**os.environ, "PYTHONPATH": str(repository)},
             stdout=subprocess.PIPE,
@@ -116,9 +116,9 @@ def tiny_flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 class LiveRun:
     """A run that goes on while a test looks at it. Its process group is its own, as a terminal would make it."""
 
-    def __init__(self, repository: Path, folder: Path, words: list[str]) -> None:
+    def __init__(self, repository: Path, folder: Path, words: list[str], program: str = "train.py") -> None:
         self.folder, self.log_path = folder / "run", folder / "output.txt"
-        command = [sys.executable, "train.py", *words, "--output-dir", str(folder), "--run-name", "run"]
+        command = [sys.executable, program, *words, "--output-dir", str(folder), "--run-name", "run"]
         environment = {**os.environ, "PYTHONPATH": str(repository)}
         with self.log_path.open("wb") as log:
             self.process = subprocess.Popen(
@@ -174,12 +174,12 @@ class LiveRun:
 
 
 @pytest.fixture
-def begin(repository: Path, tmp_path: Path) -> Iterator[Callable[[list[str]], LiveRun]]:
+def begin(repository: Path, tmp_path: Path) -> Iterator[Callable[..., LiveRun]]:
     """`begin(words)`: starts train.py with these flags and returns at once; whatever is left is killed at the end."""
     runs = []
 
-    def start(words: list[str]) -> LiveRun:
-        runs.append(LiveRun(repository, tmp_path, words))
+    def start(words: list[str], program: str = "train.py") -> LiveRun:
+        runs.append(LiveRun(repository, tmp_path, words, program))
         return runs[-1]
 
     yield start

@@ -171,7 +171,7 @@ def test_waiting_trains_the_late_group_while_it_is_young_enough(gates, pool_args
     run_rollouts(args, source, 2)
     worker = fully_async_rollout._worker
     assert worker is not None
-    taking = asyncio.run_coroutine_threadsafe(worker._collect(2), fully_async_loop())
+    taking = asyncio.run_coroutine_threadsafe(worker.collect(2), fully_async_loop())
     with pytest.raises(TimeoutError):
         taking.result(0.3)
     gates.opened.add("slow 1")
