@@ -12,6 +12,7 @@ from slime.rollout.ledger import take_ledger_line
 from slime.rollout.rm_hub.dispatch import RewardError
 from slime.rollout.staleness import reset_weight_clock, staleness, weight_clock
 from slime.utils.types import Sample
+from tests.run_processes import wait_until
 from tests.unit.rollout import plugins
 
 PLUGINS = plugins.__name__
@@ -118,6 +119,7 @@ def test_a_rollout_is_what_is_done_first_and_the_rest_stays_in_flight(gates, poo
     assert all(sample.reward == 1.0 for group in output.samples for sample in group)
     gates.opened.add("slow 1")
     new_weights(1)
+    wait_until(lambda: fully_async_rollout._worker.queue_size() == 2, timeout_s=20)
     assert "slow 1" in prompts_of(generate_rollout_fully_async(args, 1, source)), "oldest weights first"
 
 
@@ -219,9 +221,10 @@ def test_groups_that_are_done_come_back_without_being_made_again(gates, pool_arg
     source = load_data_source(args)
     run_rollouts(args, source, 1)
     worker = fully_async_rollout._worker
+    wait_until(lambda: worker.queue_size() == worker.capacity, timeout_s=20)
     state = worker.state_after(0)
     done = [group for group in state["buffer"] if group[0]["__sample__"]["status"] == "completed"]
-    assert len(done) == worker.queue_size() > 0
+    assert len(done) == worker.capacity == 6
     assert all(member["__sample__"]["reward"] == 1.0 for group in done for member in group)
 
 
