@@ -1,6 +1,7 @@
 """HTTP to routers, engines and reward services: retries that cannot hide an error, a deadline on each request."""
 
 import asyncio
+import atexit
 import contextlib
 import json
 import logging
@@ -17,6 +18,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any
 
+import aiohttp
 import httpx
 import orjson
 from httpx_aiohttp import AiohttpTransport
@@ -32,6 +34,7 @@ OWN_ERRORS = 10
 """How often one request may be answered by 500 from an engine that was reached: it would fail there each time."""
 CONNECT_TIMEOUT_S = 30.0
 _KEEPALIVE_S = 3.0  # less than the five seconds after which uvicorn closes an idle connection, maybe under a request
+_CLOSE_TIMEOUT_S = 1.0
 _WARNING_INTERVAL_S = 10.0
 MAX_REPLY_CHARS_IN_ERROR = 2000
 
@@ -284,7 +287,28 @@ def pooled_client(max_connections: int, timeout: httpx.Timeout | float) -> httpx
     httpx's own pool looks at every connection for each request: with 256 in flight that took two seconds of CPU.
     """
     limits = httpx.Limits(max_connections=max_connections, keepalive_expiry=_KEEPALIVE_S)
-    return httpx.AsyncClient(transport=AiohttpTransport(limits=limits), timeout=timeout, trust_env=False)
+    transport = AiohttpTransport(limits=limits)
+    _transports[transport] = asyncio.get_running_loop()
+    return httpx.AsyncClient(transport=transport, timeout=timeout, trust_env=False)
+
+
+_transports: "weakref.WeakKeyDictionary[AiohttpTransport, asyncio.AbstractEventLoop]" = weakref.WeakKeyDictionary()
+
+
+@atexit.register
+def _close_transports() -> None:
+    """aiohttp reports sessions that are open at the end as errors; ours live as long as the process."""
+    for transport, loop in list(_transports.items()):
+        session = transport.client
+        if not isinstance(session, aiohttp.ClientSession) or session.closed:
+            continue
+        with contextlib.suppress(Exception):
+            if loop.is_running():
+                asyncio.run_coroutine_threadsafe(transport.aclose(), loop).result(_CLOSE_TIMEOUT_S)
+            elif loop.is_closed():
+                asyncio.run(transport.aclose())  # its sockets went with its loop
+            else:
+                loop.run_until_complete(transport.aclose())
 
 
 # ---- this machine: addresses, ports, processes ----

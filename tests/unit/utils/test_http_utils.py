@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import subprocess
+import sys
 from argparse import Namespace
 
 import httpx
@@ -155,3 +157,30 @@ def test_an_available_port_lies_above_its_base():
     assert port >= 20100
     assert http_utils.is_port_available(port)
     assert not http_utils.is_port_available(70000)
+
+
+def test_a_process_that_made_requests_ends_without_a_word_of_open_sessions() -> None:
+    """Whether its loops run, were closed or were left open; aiohttp would report each as an error."""
+    program = """
+import asyncio, logging, threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from slime.utils import async_utils, http_utils
+logging.basicConfig()
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(200); self.send_header("Content-Length", "2"); self.end_headers(); self.wfile.write(b"{}")
+    def log_message(self, *args): pass
+from http.server import ThreadingHTTPServer
+server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+threading.Thread(target=server.serve_forever, daemon=True).start()
+url = f"http://127.0.0.1:{server.server_port}/"
+assert asyncio.run(http_utils.post(url, {})) == {}
+assert async_utils.run(http_utils.post(url, {})) == {}
+left = asyncio.new_event_loop()
+assert left.run_until_complete(http_utils.post(url, {})) == {}
+print("done")
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "done\n", "")
