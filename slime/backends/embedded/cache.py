@@ -95,8 +95,11 @@ class SlotCache:
         if not targets or not length:
             return
         for keys, values in zip(self.keys, self.values, strict=True):
-            keys[targets, ..., :length] = keys[source, ..., :length]
-            values[targets, :, :length] = values[source, :, :length]
+            # One row at a time: where sequences fill the cache to its end, torch refuses an indexed copy of a whole
+            # tensor's row into that tensor, as it does not look which rows are meant.
+            for row in targets:
+                keys[row, ..., :length] = keys[source, ..., :length]
+                values[row, :, :length] = values[source, :, :length]
 
     def release(self) -> None:
         """Give all memory back."""

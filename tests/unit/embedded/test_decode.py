@@ -99,3 +99,16 @@ def test_few_rows_are_normalized_with_the_weight_of_now():
         assert norm(x).tolist() == [[3, 3, 3, 3]]
     weight.data[1] = 5
     assert norm(x).tolist() == [[3, 5, 3, 3]]
+
+
+@pytest.mark.parametrize("targets", [[1], [1, 2, 3]])
+def test_a_row_is_copied_also_where_its_sequence_fills_the_cache_to_its_end(targets):
+    cache = SlotCache([KVShape(num_heads=2, key_dim=16, value_dim=8)], 4, 64, torch.float32)
+    cache.reserve(4, 64)
+    for memory in (cache.keys[0], cache.values[0]):
+        memory.copy_(torch.randn(memory.shape))
+    source = cache.keys[0][0].clone(), cache.values[0][0].clone()
+    cache.copy(0, targets, cache.length)
+    for row in [0, *targets]:
+        assert torch.equal(cache.keys[0][row], source[0])
+        assert torch.equal(cache.values[0][row], source[1])
