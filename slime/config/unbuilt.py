@@ -108,7 +108,19 @@ def _of_the_devices(args: Namespace) -> Iterator[str]:
     p = plan.placement
     if plan.engine.value == "embedded" and "sglang_admin_api_key" in plan.given:
         yield "--sglang-admin-api-key is not built yet for the embedded engine: it asks for one, --sglang-api-key"
+    if plan.engine.value == "sglang" and p.num_engines and not args.debug_rollout_only:
+        for flag in ("sglang_pp_size", "sglang_enable_dp_attention"):
+            if getattr(args, flag, None) not in (None, False, 1):
+                yield (
+                    f"--{flag.replace('_', '-')} is not built yet where weights are synced: the digests that "
+                    "prove them are foretold for tensor parallel engines alone; leave it out"
+                )
     if plan.device.value == "cuda":
+        if p.colocate and p.rollout_num_gpus > p.world_size:
+            yield (
+                f"--colocate with --rollout-num-gpus {p.rollout_num_gpus} and {p.world_size} trainer ranks is not "
+                f"built yet: an engine's GPUs each need the trainer rank that hands them weights; use {p.world_size}"
+            )
         if plan.engine.value == "embedded" and p.num_engines:
             yield (
                 f"--rollout-engine embedded ({plan.engine.reason}) is not built yet on GPUs: it computes on the CPU; "

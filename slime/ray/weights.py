@@ -46,7 +46,7 @@ def _transport(args: Namespace, engines: Sequence[EngineRecord], rank: int) -> T
     if engines[0].kind == "embedded":
         return SharedMemoryTransport(Path(engines[0].weights_dir))
     if args.colocate and args.device == "cuda":
-        return _ipc_transport(engines, rank)
+        return _ipc_transport(engines, rank, args.num_gpus_per_node)
     host = "127.0.0.1" if args.device == "cpu" else ray.util.get_node_ip_address()
     # By name: an engine that was started again has another address.
     num_ranks = {engine.name: engine.num_devices for engine in engines}
@@ -59,11 +59,15 @@ def _transport(args: Namespace, engines: Sequence[EngineRecord], rank: int) -> T
     )
 
 
-def _ipc_transport(engines: Sequence[EngineRecord], rank: int) -> IpcTransport:
-    """Trainer rank r computes on the r-th of the shared devices, and engines take theirs in the same order."""
+def _ipc_transport(engines: Sequence[EngineRecord], rank: int, devices_per_node: int) -> IpcTransport:
+    """Trainer rank r computes on the r-th of the shared devices, and engines take theirs in the same order.
+
+    A server on several nodes counts the devices of each node from 0.
+    """
     places = {engine.name: range(engine.first_device, engine.first_device + engine.num_devices) for engine in engines}
     own = next((devices for devices in places.values() if rank in devices), None)
-    return IpcTransport(lambda engine: places[engine.name], device_index=None if own is None else rank - own.start)
+    index = None if own is None else (rank - own.start) % min(len(own), devices_per_node)
+    return IpcTransport(lambda engine: places[engine.name], device_index=index)
 
 
 def _expected_digests(args: Namespace, engines: Sequence[EngineRecord]) -> Callable[[], ExpectedDigests]:

@@ -66,10 +66,14 @@ class IpcTransport(SenderTransport):
         self._engines, self._is_open = list(engines), False
 
     def send(self, bucket: Bucket, version: str) -> None:
-        if not self._is_open:
-            on_each(self._engines, lambda engine: engine.begin_weight_update())
-            self._is_open = True
-        buffer, layout = flattened(bucket)
+        try:
+            if not self._is_open:
+                on_each(self._engines, lambda engine: engine.begin_weight_update())
+                self._is_open = True
+            buffer, layout = flattened(bucket)
+        except BaseException:
+            self.skip()
+            raise
         handles = self._handles(buffer)
         payloads = {
             engine.url: [payload(handles[rank], layout) for rank in self._ranks_of(engine)] for engine in self._engines
@@ -85,21 +89,24 @@ class IpcTransport(SenderTransport):
         if _num_ranks() > 1:
             self._handles(None)
 
-    def skip(self, bucket: Bucket) -> None:
+    def skip(self) -> None:
         if _num_ranks() > 1:
-            self._handles(torch.empty(0, dtype=torch.uint8, device=bucket[0][1].device))
+            self._handles(torch.empty(0, dtype=torch.uint8, device=_device()))
 
     def close(self) -> None:
         """Nothing is held open."""
 
     def _handles(self, buffer: Tensor | None) -> Mapping[int, Handle]:
         """Every rank's handle of its copy of the bucket, on rank 0. Collective; `buffer` is given on rank 0."""
+        asked = {rank for engine in self._engines for rank in self._ranks_of(engine)}
         if _num_ranks() > 1:
-            buffer = _broadcast(buffer)
+            buffer, asked = _broadcast(buffer, asked)
         assert buffer is not None
         if buffer.is_cuda:
             torch.cuda.synchronize(buffer.device)  # an engine reads with a stream of its own
-        serves = self._device_index is not None and buffer.numel() > 0
+        # A handle that nobody opens would keep its memory for ever: only ranks beside an engine of this sync make one.
+        own_rank = dist.get_rank() if _num_ranks() > 1 else 0
+        serves = self._device_index is not None and own_rank in asked and buffer.numel() > 0
         mine = self._share(buffer, self._device_index or 0) if serves else None
         if _num_ranks() == 1:
             return {} if mine is None else {0: mine}
@@ -159,12 +166,18 @@ def _num_ranks() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def _broadcast(buffer: Tensor | None) -> Tensor:
-    """Rank 0's buffer on every rank's device."""
-    size = [buffer.numel() if buffer is not None else 0]
-    dist.broadcast_object_list(size, src=0)
+def _device() -> torch.device:
+    """Where the trainer's collectives work."""
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+
+
+def _broadcast(buffer: Tensor | None, asked: set[int]) -> tuple[Tensor, set[int]]:
+    """Rank 0's buffer on every rank's device, and the ranks whose handles it asks for."""
+    told: list[Any] = [buffer.numel() if buffer is not None else 0, asked]
+    dist.broadcast_object_list(told, src=0)
+    size, asked = told
     if buffer is None:
-        device = torch.cuda.current_device() if dist.get_backend() == "nccl" else "cpu"
-        buffer = torch.empty(size[0], dtype=torch.uint8, device=device)
-    dist.broadcast(buffer, src=0)
-    return buffer
+        buffer = torch.empty(size, dtype=torch.uint8, device=_device())
+    if size:
+        dist.broadcast(buffer, src=0)
+    return buffer, asked

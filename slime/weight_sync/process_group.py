@@ -134,7 +134,9 @@ class DistributedTransport(SenderTransport):
         done, running = wait([ours, *theirs], timeout=self._timeout_s, return_when=FIRST_EXCEPTION)
         failed = sorted((future for future in done if future.exception() is not None), key=lambda f: f is ours)
         if failed or running:
-            self._group = None
+            group, self._group = self._group, None
+            if group is not None:
+                group.abort()
             names = ", ".join(f"{engine.name} ({engine.url})" for engine in self._engines)
             reason = failed[0].exception() if failed else f"not complete within {self._timeout_s:g} s"
             raise WeightSyncError(f"Weights over {self._backend}: {what} with {names} failed: {reason}") from (
@@ -159,8 +161,8 @@ def _in_thread(call: Callable[[], Any]) -> "Future[Any]":
 class WeightGroup:
     """This process as rank 0 of a group whose other ranks are engines' ranks."""
 
-    def __init__(self, group: dist.ProcessGroup, store: dist.TCPStore, name: str) -> None:
-        self.name = name
+    def __init__(self, group: dist.ProcessGroup, store: dist.TCPStore, name: str, *, is_nccl: bool = False) -> None:
+        self.name, self._is_nccl = name, is_nccl
         self._group = group
         self._store = store  # rank 0 serves it: it must live as long as the group
 
@@ -173,6 +175,12 @@ class WeightGroup:
         options.rootRank, options.rootTensor = 0, 0
         for work in [self._group.broadcast([tensor], options) for tensor in tensors]:
             work.wait()
+
+    def abort(self) -> None:
+        """End what is under way: over NCCL a broadcast whose receiver died would stay before all later work."""
+        abort = getattr(self._group, "abort", None)
+        if self._is_nccl and abort is not None:
+            abort()
 
     def close(self) -> None:
         """Leave the group; engines leave by `destroy_weights_update_group`."""
@@ -214,4 +222,4 @@ def join(
     )
     # torch asks for the ranks of every group that it destroys.
     dist.distributed_c10d._world.pg_group_ranks[group] = {member: member for member in range(world_size)}
-    return WeightGroup(group, store, group_name)
+    return WeightGroup(group, store, group_name, is_nccl=backend == "nccl")

@@ -30,8 +30,8 @@ class Transport(Protocol):
     def assist(self) -> None:
         """The part of the trainer's other ranks in one `send` or `skip`."""
 
-    def skip(self, bucket: Bucket) -> None:
-        """Instead of `send` once something went wrong: lets the ranks that `assist` go on."""
+    def skip(self) -> None:
+        """Instead of a `send` that did not happen, or did not come so far that the other ranks could go on."""
 
     def close(self) -> None: ...
 
@@ -42,7 +42,7 @@ class SenderTransport:
     def assist(self) -> None:
         """Nothing to do."""
 
-    def skip(self, bucket: Bucket) -> None:
+    def skip(self) -> None:
         """Nobody waits."""
 
 
@@ -128,8 +128,8 @@ class WeightSync:
         try:
             self._bring_engines_to(str(version), buckets, report)
         except BaseException:
-            for bucket in buckets:  # the other ranks are on their way through the gather, and wait for this one
-                self._transport.skip(bucket)
+            for _ in buckets:  # the other ranks are on their way through the gather, and wait for this one
+                self._transport.skip()
             raise
         logger.info(
             "weights version %s on %d engine(s), %.0f MB, %d tensors proved in %.2f s",
@@ -148,7 +148,11 @@ class WeightSync:
                 bucket = next(buckets, None)
                 if bucket is None:
                     break
-                digests.add(bucket)
+                try:
+                    digests.add(bucket)
+                except BaseException:
+                    self._transport.skip()
+                    raise
             with _phase(report, "send"):
                 self._transport.send(bucket, label)
             report.num_tensors += len(bucket)

@@ -44,7 +44,7 @@ class TrainingMemory:
         if not keep_weights and not self.lacks_weights:
             self._weights.take(_on_device(self._parameters()))
         self._accelerator.synchronize()
-        self._accelerator.empty_cache()
+        self._accelerator.empty_cache()  # also of what engines had opened and have closed
 
     def restore_weights(self) -> None:
         """The model's weights as they were, and no more than that."""

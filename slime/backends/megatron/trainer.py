@@ -135,9 +135,11 @@ class MegatronTrainer:
         lacked_them = memory.lacks_weights
         if lacked_them:
             memory.restore_weights()
-        yield
-        if lacked_them:
-            memory.release()
+        try:
+            yield
+        finally:
+            if lacked_them:
+                memory.release()
 
     def wake_up(self) -> None:
         """Undo `sleep`, exactly; nothing if awake."""

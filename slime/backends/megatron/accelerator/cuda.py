@@ -32,6 +32,7 @@ class CudaAccelerator:
         torch.cuda.synchronize(self.device)
 
     def empty_cache(self) -> None:
+        torch.cuda.ipc_collect()  # memory that another process had opened waits for this
         torch.cuda.empty_cache()
 
     def memory(self) -> MemoryFacts:
