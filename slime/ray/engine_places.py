@@ -139,9 +139,11 @@ class OwnEngine(EnginePlace):
 
     def kill(self, reason: str) -> None:
         assert self.record is not None
+        death = f"{self.name} ({self.record.url}) {reason} and was killed."
+        self.death = death  # whether or not its owner can still tell of its log
         with contextlib.suppress(RayError):
             tail = ray.get(self._actors[0].log_tail.remote(), timeout=_ASK_TIMEOUT_S)
-            self.death = f"{self.name} ({self.record.url}) {reason} and was killed.\nLast lines of its log:\n{tail}"
+            self.death = f"{death}\nLast lines of its log:\n{tail}"
         for actor in self._actors:
             with contextlib.suppress(RayError):
                 ray.get(actor.kill.remote(), timeout=_ASK_TIMEOUT_S)

@@ -29,7 +29,7 @@ __all__ = ["EngineRecord", "Engines"]
 
 logger = logging.getLogger(__name__)
 
-_STOP_TIMEOUT_S = 5.0
+_STOP_TIMEOUT_S = 1.5
 _NOTICE_S = 10.0  # in which a death that a failed call hints at shows
 _POLL_S = 0.5
 _MEMORY = ("weights", "kv_cache", "cuda_graph")

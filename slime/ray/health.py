@@ -15,6 +15,7 @@ from slime.utils.api_key import api_key, key_header
 logger = logging.getLogger(__name__)
 
 _RETRY_S = 1.0
+_LATE_S = 2.0
 
 
 class HealthMonitor:
@@ -80,19 +81,22 @@ class HealthMonitor:
     ) -> None:
         await asyncio.sleep(self._first_wait_s)
         silent_since_s: float | None = None
+        failures = 0
         timeout_s = self._timeout_s * patience
         async with httpx.AsyncClient(timeout=timeout_s / 2, headers=key_header(api_key()), trust_env=False) as client:
             while True:
                 asked_s = time.monotonic()
                 answer = await _ask(client, url) if when() else None
                 answer = answer if when() else None
-                if answer is None:
-                    silent_since_s = None
+                was_late = time.monotonic() - asked_s > timeout_s / 2 + _LATE_S  # this process did not run itself
+                if answer is None or was_late:
+                    silent_since_s, failures = None, 0
                     await asyncio.sleep(self._interval_s)
                     continue
                 silent_since_s = asked_s if silent_since_s is None else silent_since_s
                 silence_s = time.monotonic() - silent_since_s
-                if silence_s >= timeout_s:
+                failures += 1
+                if silence_s >= timeout_s and failures > 1:
                     reason = f"did not answer {url} for {silence_s:.0f} s ({answer})"
                     logger.warning("%s %s and is given up", name, reason)
                     with contextlib.suppress(asyncio.CancelledError):

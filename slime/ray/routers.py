@@ -16,7 +16,7 @@ from slime.weight_sync.base import EngineError
 _START_TIMEOUT_S = 60.0
 _REGISTER_TIMEOUT_S = 120.0
 _ASK_TIMEOUT_S = 5.0
-_STOP_TIMEOUT_S = 5.0
+_STOP_TIMEOUT_S = 1.0
 
 
 class Router:

@@ -176,7 +176,9 @@ class Run:
         self._manager, starting = create_rollout_manager(args, groups["rollout"])
         self._liveness.watch(_MANAGER, self._manager)
         self._turns = Turns(args, self._manager)
-        waits = args.offload_rollout or args.num_rollout is None or args.debug_rollout_only
+        # SGLang takes its share of what is free when it starts, so a trainer on the same GPU comes after it.
+        shares_gpu = args.colocate and args.device == "cuda"
+        waits = shares_gpu or args.offload_rollout or args.num_rollout is None or args.debug_rollout_only
         rollouts_per_epoch = wait_until_started(args, self._manager, starting) if waits else None
         if args.debug_rollout_only:
             args.start_rollout_id = args.start_rollout_id or 0

@@ -161,7 +161,7 @@ class ServerProcess:
 
         Safe to call again.
         """
-        process = self._process
+        process, pipe = self._process, self._owner_alive
         if process is None or self._owner_pid != os.getpid():
             return
         process.send_signal(signal.SIGTERM)
@@ -174,7 +174,8 @@ class ServerProcess:
             process.wait(_KILL_TIMEOUT_S)
         except subprocess.TimeoutExpired as error:
             raise ServerError(f"{self.name} (pid {process.pid}) survived SIGKILL for {error.timeout:g} s.") from error
-        self._close_pipe()
+        if self._owner_alive == pipe:  # else another thread has started it again meanwhile
+            self._close_pipe()
 
     def log_tail(self, n: int = _TAIL_LINES) -> str:
         """The last `n` lines that it wrote since its last start."""

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.timeout(900)
 PROGRAM = "train_async.py"
 AHEAD = ["--async-buffer-size", "2", "--update-weights-interval", "2"]
 POOL = ["--rollout-function-path", FULLY_ASYNC_ROLLOUT]
-LONG = ["--rollout-max-response-len", "200"]  # so that updates meet requests in flight
+LONG = ["--rollout-max-response-len", "600"]  # so that updates meet requests in flight
 MODES = {"ahead": (AHEAD, 4), "pool": (POOL, 2)}
 """Flags, and the staleness that they allow."""
 

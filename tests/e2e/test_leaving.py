@@ -14,7 +14,8 @@ from tests.chaos.tiny_run import TinyRun, save_model_and_prompts
 NUM_ROLLOUT = 7
 LEAVES_IN = ("generate", 3)  # rollout 2 is trained and, by the interval of 2, not saved
 END_WITHIN_S = 120
-LONG_REPLIES = ("--rollout-max-response-len", "400")  # so that the signal comes while they are made
+UNHURRIED = ("--custom-generate-function-path", "tests.chaos.unhurried.generate")
+"""So that the signal comes while replies are made."""
 
 
 def wait_for_moment(driver: Driver, phase: str, rollout_id: int) -> None:
@@ -27,7 +28,7 @@ def wait_for_moment(driver: Driver, phase: str, rollout_id: int) -> None:
 
 @pytest.mark.timeout(1200)
 def test_a_run_that_is_told_to_leave_saves_and_loses_no_step(tmp_path: Path) -> None:
-    run = TinyRun(tmp_path / "run", save_model_and_prompts(tmp_path / "model"), NUM_ROLLOUT, extra=LONG_REPLIES)
+    run = TinyRun(tmp_path / "run", save_model_and_prompts(tmp_path / "model"), NUM_ROLLOUT, extra=UNHURRIED)
     with Driver(run.command(), run.folder, tmp_path / "first.log") as driver:
         wait_for_moment(driver, *LEAVES_IN)
         driver.process.send_signal(signal.SIGTERM)
