@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from slime.backends.megatron import cpu_attention, kernels
+from slime.backends.megatron import cpu_attention, gpu_attention, kernels
 from slime.backends.megatron.gpu_attention import attention_named
 from slime.backends.megatron.packed import packed_segments
 from slime.data.packing import PackedBatch, pack
@@ -55,6 +55,12 @@ def test_attention_and_its_gradients(name: str, share_prompts: bool) -> None:
     gradients = torch.autograd.grad(out, inputs, drawn[3].to(device))
     for mine, theirs in zip((out, *gradients), (expected, *expected_gradients), strict=True):
         assert _relative_error(mine, theirs) < 0.01
+
+
+def test_sequences_that_go_alone_are_computed_by_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The longest of the row, of a length that needs padding, and the others together, as in a row of long ones."""
+    monkeypatch.setattr(gpu_attention, "_LONG", 100)
+    test_attention_and_its_gradients("torch by length", share_prompts=False)
 
 
 def _relative_error(mine: Tensor, theirs: Tensor) -> float:

@@ -147,7 +147,7 @@ def _torch_by_length() -> Attention:
 
     cuDNN is nearly twice as fast from some thousand rows on, but torch offers it only for whole batches.
     """
-    backends = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+    backends = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
 
     def attend_alone(query: Tensor, key: Tensor, value: Tensor, padded: int, scale: float) -> Tensor:
         length = query.size(0)

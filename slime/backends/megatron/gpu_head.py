@@ -63,6 +63,10 @@ class _ResponseLogProbs(torch.autograd.Function):
         if kept is None:
             raise RuntimeError("The kept logits were overwritten by their gradient: this head goes backward only once.")
         ctx.kept = None
+        grad_log_probs, grad_entropy = (
+            grad_log_probs.contiguous(),
+            grad_entropy.contiguous(),
+        )  # as kernels read them
         live = weight[: ctx.shard.size]
         num_rows, num_kept = hidden.size(0), kept.size(0)
         # From the log-probability: 1 - p has no digits left where p is nearly 1.
