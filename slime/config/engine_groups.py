@@ -15,8 +15,11 @@ _EXAMPLE = (
     "write `sglang: [{name: actor, server_groups: [{worker_type: regular, num_gpus: 2, num_gpus_per_engine: 1, "
     "overrides: {mem_fraction_static: 0.8}}]}]`"
 )
-_OF_PLACEMENT = ("model_path", "tp_size", "tensor_parallel_size", "port", "host", "nnodes", "node_rank", "device")
-"""Fields of a server that placement decides; no override changes them."""
+_OF_PLACEMENT = (
+    "model_path", "tp_size", "tensor_parallel_size", "port", "host", "nnodes", "node_rank", "device", "nccl_port",
+    "dist_init_addr", "random_seed", "api_key", "admin_api_key",
+)  # fmt: skip
+"""Fields of a server that the run decides; no override changes them."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +148,7 @@ def _group(flag: str, config: Config, model: Mapping[str, Any], group: Mapping[s
     own_path = overrides.get("model_path", model.get("model_path"))
     overrides = {key: value for key, value in overrides.items() if key != "model_path"}
     if decided := [key for key in overrides if key in _OF_PLACEMENT]:
-        raise ConfigError(f"{flag}: {name} overrides {', '.join(decided)}, which placement decides; leave it out")
+        raise ConfigError(f"{flag}: {name} overrides {', '.join(decided)}, which the run decides; leave it out")
     is_trained = own_path in (None, config.rollout.hf_checkpoint)
     updates = model.get("update_weights")
     return EngineGroup(

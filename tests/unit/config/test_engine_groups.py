@@ -85,7 +85,12 @@ def test_the_trained_model_is_known_by_its_path() -> None:
         ({"sglang": [model(group(1, worker_type="encoder"))]}, {}, "only text models"),
         ({"sglang": [model(group(3, num_gpus_per_engine=2))]}, {}, "num_gpus 3 for engines of 2"),
         ({"sglang": [model(group(0))]}, {}, "num_gpus 0"),
-        ({"sglang": [model(group(1, overrides={"tp_size": 2}))]}, {}, "overrides tp_size, which placement decides"),
+        ({"sglang": [model(group(1, overrides={"tp_size": 2}))]}, {}, "overrides tp_size, which the run decides"),
+        (
+            {"sglang": [model(group(1, overrides={"random_seed": 2}))]},
+            {},
+            "overrides random_seed, which the run decides",
+        ),
         (
             {"sglang": [model(group(2))]},
             {"rollout_num_gpus": 3},
