@@ -20,7 +20,9 @@ pytestmark = pytest.mark.timeout(900)
 PROGRAM = "train_async.py"
 AHEAD = ["--async-buffer-size", "2", "--update-weights-interval", "2"]
 POOL = ["--rollout-function-path", FULLY_ASYNC_ROLLOUT]
-LONG = ["--rollout-max-response-len", "600"]  # so that updates meet requests in flight
+LONG = ["--rollout-max-response-len", "200"]
+EXACT = ["--rollout-max-response-len", "800", "--custom-generate-function-path", "benchmarks/exact_length.py:generate"]
+"""Every reply takes longer than a training step, so that updates meet requests in flight."""
 MODES = {"ahead": (AHEAD, 4), "pool": (POOL, 2)}
 """Flags, and the staleness that they allow."""
 
@@ -54,7 +56,8 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("mode", ["in_place", "retract"])
 def test_weights_change_under_requests_in_flight(train: Train, async_flags: list[str], mode: str) -> None:
     run: FinishedRun = train(
-        [*async_flags, *POOL, "--num-rollout", "6", "--pause-generation-mode", mode, "--use-tis"], program=PROGRAM
+        [*async_flags, *POOL, *EXACT, "--num-rollout", "6", "--pause-generation-mode", mode, "--use-tis"],
+        program=PROGRAM,
     )
     assert_in_order(run.folder, 6, limit=2)
     assert any(len(set(row["weight_versions"])) > 1 for row in rows(run.folder)), "no sample met an update"
