@@ -35,6 +35,13 @@ def test_an_engine_that_was_started_again_still_shares_its_devices_with_the_same
     rank: int, device_index: int | None
 ) -> None:
     """Two engines of two devices; a fifth trainer rank shares none."""
-    transport: Any = _ipc_transport(ENGINES, rank)
+    transport: Any = _ipc_transport(ENGINES, rank, devices_per_node=8)
     assert transport._device_index == device_index
     assert list(transport._ranks_of(started_again(ENGINES[1]))) == [2, 3]
+
+
+@pytest.mark.parametrize(("rank", "device_index"), [(0, 0), (7, 7), (8, 0), (15, 7)])
+def test_a_server_on_two_nodes_counts_the_devices_of_each_from_zero(rank: int, device_index: int) -> None:
+    engine = EngineRecord("engine 0", "http://127.0.0.1:20001", "sglang", 16, "/w", 0)
+    transport: Any = _ipc_transport([engine], rank, devices_per_node=8)
+    assert transport._device_index == device_index
