@@ -86,7 +86,7 @@ class HealthMonitor:
         async with httpx.AsyncClient(timeout=timeout_s / 2, headers=key_header(api_key()), trust_env=False) as client:
             while True:
                 asked_s = time.monotonic()
-                answer = await _ask(client, url) if when() else None
+                answer = await _ask(client, url, timeout_s / 2) if when() else None
                 answer = answer if when() else None
                 was_late = time.monotonic() - asked_s > timeout_s / 2 + _LATE_S  # this process did not run itself
                 if answer is None or was_late:
@@ -105,11 +105,12 @@ class HealthMonitor:
                 await asyncio.sleep(min(_RETRY_S, self._interval_s))
 
 
-async def _ask(client: httpx.AsyncClient, url: str) -> str | None:
-    """None for 200, else what came instead."""
+async def _ask(client: httpx.AsyncClient, url: str, timeout_s: float) -> str | None:
+    """None for 200, else what came instead. The whole attempt has one deadline, where httpx has one a part."""
     try:
-        reply = await client.get(url)
-    except httpx.TimeoutException:
+        async with asyncio.timeout(timeout_s):
+            reply = await client.get(url)
+    except (TimeoutError, httpx.TimeoutException):
         return "no answer"
     except httpx.HTTPError as error:
         return str(error) or type(error).__name__
