@@ -26,6 +26,7 @@ def ray_address(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
     monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "0")
+    monkeypatch.delenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", raising=False)  # importing slime.ray set it in this process
     address = f"127.0.0.1:{free_port()}"
     folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # short: names of sockets have a limit
     head = ["--head", "--port", address.rpartition(":")[2], "--temp-dir", str(folder), "--include-dashboard", "false"]

@@ -77,7 +77,7 @@ def test_over_sampling_with_partial_rollouts_and_a_filter(train: Train, tiny_fla
 def test_an_engine_that_dies_ends_the_run_with_its_name(
     repository: Path, tiny_flags: list[str], tmp_path: Path
 ) -> None:
-    words = [*tiny_flags, "--num-rollout", "1", "--rollout-max-response-len", "8000", "--rollout-batch-size", "8"]
+    words = [*tiny_flags, "--num-rollout", "1000", "--rollout-max-response-len", "8000", "--rollout-batch-size", "8"]
     log = (tmp_path / "output.txt").open("w+")
     run = subprocess.Popen(
         [sys.executable, "train.py", *words, "--output-dir", str(tmp_path), "--run-name", "run"],
