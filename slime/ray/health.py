@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 
 from slime.utils.api_key import api_key, key_header
+from slime.utils.http_utils import tls_context
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +84,9 @@ class HealthMonitor:
         silent_since_s: float | None = None
         failures = 0
         timeout_s = self._timeout_s * patience
-        async with httpx.AsyncClient(timeout=timeout_s / 2, headers=key_header(api_key()), trust_env=False) as client:
+        async with httpx.AsyncClient(
+            timeout=timeout_s / 2, headers=key_header(api_key()), trust_env=False, verify=tls_context()
+        ) as client:
             while True:
                 asked_s = time.monotonic()
                 answer = await _ask(client, url, timeout_s / 2) if when() else None

@@ -3,12 +3,14 @@
 import asyncio
 import atexit
 import contextlib
+import functools
 import json
 import logging
 import math
 import os
 import random
 import socket
+import ssl
 import subprocess
 import time
 import weakref
@@ -290,6 +292,12 @@ def pooled_client(max_connections: int, timeout: httpx.Timeout | float) -> httpx
     transport = AiohttpTransport(limits=limits)
     _transports[transport] = asyncio.get_running_loop()
     return httpx.AsyncClient(transport=transport, timeout=timeout, trust_env=False)
+
+
+@functools.cache
+def tls_context() -> ssl.SSLContext:
+    """What every client of this process shows and trusts; reading the certificates anew takes each of them 15 ms."""
+    return httpx.create_ssl_context(trust_env=False)
 
 
 _transports: "weakref.WeakKeyDictionary[AiohttpTransport, asyncio.AbstractEventLoop]" = weakref.WeakKeyDictionary()

@@ -12,6 +12,7 @@ import httpx
 
 from slime.utils.api_key import api_key as the_runs_key
 from slime.utils.api_key import control_header, key_header
+from slime.utils.http_utils import tls_context
 from slime.utils.server_control import num_requests_from_load
 from slime.weight_sync.base import EngineError
 
@@ -41,7 +42,9 @@ class SGLangClient:
         headers = key_header(api_key or the_runs_key())
         self._control = {} if api_key else control_header()
         # Engines are ours and near: a proxy of the environment must not come between.
-        self._http = httpx.Client(base_url=self.url, headers=headers, timeout=timeout_s, trust_env=False)
+        self._http = httpx.Client(
+            base_url=self.url, headers=headers, timeout=timeout_s, trust_env=False, verify=tls_context()
+        )
 
     def health(self) -> bool:
         """Whether it answers /health with 200; false, not an error, where nothing listens."""

@@ -12,6 +12,7 @@ import httpx
 import slime
 from slime.backends.sglang.pass_through import changed_flags, is_changed
 from slime.utils.api_key import api_key, key_environment, key_header
+from slime.utils.http_utils import tls_context
 from slime.weight_sync.base import EngineError
 
 # Set by slime itself; the router's own defaults would bind every interface, or one fixed port.
@@ -83,7 +84,9 @@ class RouterClient:
             timeout_s: of a single call.
         """
         self.url = url.rstrip("/")
-        self._http = httpx.Client(base_url=self.url, headers=key_header(api_key()), timeout=timeout_s, trust_env=False)
+        self._http = httpx.Client(
+            base_url=self.url, headers=key_header(api_key()), timeout=timeout_s, trust_env=False, verify=tls_context()
+        )
 
     def workers(self) -> list[dict[str, Any]]:
         """What the router knows of its engines: dicts with at least "id", "url" and "is_healthy"."""
