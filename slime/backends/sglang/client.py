@@ -92,7 +92,12 @@ class SGLangClient:
             time.sleep(_FLUSH_RETRY_S)
 
     def release_memory(self, tags: Sequence[str] | None = None) -> None:
-        """Give back the memory of `tags` ("weights", "kv_cache", "cuda_graph"; None is all) of an idle engine."""
+        """Give back the memory of `tags` ("weights", "kv_cache", "cuda_graph"; None is all), once the engine is idle.
+
+        SGLang's scheduler ends itself where this finds it at work, and it is for a step of the model after the last
+        reply was sent. A flush is what it refuses then, and what it would do by itself.
+        """
+        self.flush_cache()
         self._post("/release_memory_occupation", {} if tags is None else {"tags": list(tags)})
 
     def resume_memory(self, tags: Sequence[str] | None = None) -> None:

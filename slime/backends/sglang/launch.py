@@ -35,8 +35,11 @@ _GPU_ENVIRONMENT = {
     "SGLANG_JIT_DEEPGEMM_PRECOMPILE": "false",
 }
 
-# Of the trainer's process, not for a server: rendezvous, and an allocator setting that the memory saver refuses.
-_NOT_INHERITED = ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE", "PYTORCH_CUDA_ALLOC_CONF")
+# Of the trainer's process, not for a server: rendezvous, and settings of its allocator. With expandable segments the
+# memory saver has nothing to release; it looks for them in one of the two variables only.
+_NOT_INHERITED = (
+    "MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF",
+)  # fmt: skip
 
 
 def server_command(args: Namespace, spec: EngineSpec) -> tuple[list[str], dict[str, str]]:

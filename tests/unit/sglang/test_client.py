@@ -32,8 +32,6 @@ def test_it_is_what_the_framework_calls_an_engine_client(client):
         (lambda c: c.flush_cache(), "/flush_cache", None),
         (lambda c: c.abort(), "/abort_request", {"abort_all": True}),
         (lambda c: c.abort("r1"), "/abort_request", {"rid": "r1"}),
-        (lambda c: c.release_memory(), "/release_memory_occupation", {}),
-        (lambda c: c.release_memory(["kv_cache"]), "/release_memory_occupation", {"tags": ["kv_cache"]}),
         (lambda c: c.resume_memory(("weights",)), "/resume_memory_occupation", {"tags": ["weights"]}),
         (
             lambda c: c.update_weights_from_disk("/w", "3"),
@@ -159,6 +157,25 @@ def test_a_flush_is_asked_again_while_aborted_requests_are_cleared(fake_engine, 
     ]
     client.flush_cache()
     assert len(fake_engine.asked) == 3
+
+
+@pytest.mark.parametrize(("tags", "payload"), [(None, {}), (["kv_cache"], {"tags": ["kv_cache"]})])
+def test_memory_is_given_back_only_once_the_engine_is_idle(fake_engine, client, tags, payload):
+    """A server that is asked sooner ends: its last reply goes out a step before it has nothing to do."""
+    fake_engine.replies |= {"/flush_cache": [(400, "pending requests"), OK], "/release_memory_occupation": OK}
+    client.release_memory(tags)
+    assert [(path, body) for _, path, body in fake_engine.asked] == [
+        ("/flush_cache", None),
+        ("/flush_cache", None),
+        ("/release_memory_occupation", payload),
+    ]
+
+
+def test_an_engine_that_stays_busy_is_not_asked_for_its_memory(fake_engine):
+    fake_engine.replies["/flush_cache"] = (400, "Flush cache failed.")
+    with pytest.raises(EngineError, match=r"POST /flush_cache: 400 Flush cache failed"):
+        SGLangClient(fake_engine.url, name="engine 7", timeout_s=0.5).release_memory()
+    assert {path for _, path, _ in fake_engine.asked} == {"/flush_cache"}
 
 
 def test_a_flush_that_never_succeeds_is_an_error(fake_engine):

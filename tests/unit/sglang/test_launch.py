@@ -136,12 +136,12 @@ def test_another_interpreter_may_have_sglang(monkeypatch):
 
 
 def test_the_trainers_rendezvous_is_not_inherited(monkeypatch):
-    for name in ("MASTER_ADDR", "RANK", "WORLD_SIZE", "PYTORCH_CUDA_ALLOC_CONF"):
+    for name in ("MASTER_ADDR", "RANK", "WORLD_SIZE", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
         monkeypatch.setenv(name, "x")
     monkeypatch.setenv("KEPT", "y")
     _, env = server_command(Namespace(), spec())
     assert env["KEPT"] == "y"
-    assert not {"MASTER_ADDR", "RANK", "WORLD_SIZE", "PYTORCH_CUDA_ALLOC_CONF"} & env.keys()
+    assert not {"MASTER_ADDR", "RANK", "WORLD_SIZE", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} & env.keys()
 
 
 def test_ranks_on_one_cpu_host_meet_on_loopback(monkeypatch):
