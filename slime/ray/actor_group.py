@@ -6,6 +6,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from slime.backends.sglang.launch import shared_nccl_settings
 from slime.observability.run_status import ProcessInfo
 from slime.ray import cluster
 from slime.ray.engines import EngineRecord
@@ -22,7 +23,6 @@ _SAVE_TIMEOUT_S = 3600.0
 _SAVE_GRACE_S = 60.0  # in which the ranks say themselves who is late
 _TRAIN_ENV = {
     "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-    "NCCL_CUMEM_ENABLE": "0",
     "NVTE_FP8_BLOCK_SCALING_FP32_SCALES": "1",
     "HF_HUB_OFFLINE": "1",
 }
@@ -53,7 +53,8 @@ class RayTrainGroup:
         if self._actors:
             return []
         world_size = len(self._devices.bundles)
-        env = thread_env(self._args.train_threads) | _TRAIN_ENV | dict(self._args.train_env_vars or {})
+        env = thread_env(self._args.train_threads) | _TRAIN_ENV | shared_nccl_settings(self._args)
+        env |= dict(self._args.train_env_vars or {})
         resource = cluster.device_resource(self._args)
         share = {"num_gpus": _DEVICE_SHARE} if resource == "GPU" else {"resources": {resource: _DEVICE_SHARE}}
         for rank, bundle in enumerate(self._devices.bundles):

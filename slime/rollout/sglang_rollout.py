@@ -33,7 +33,7 @@ from slime.rollout.sampling import (
     sample_seed,
     session_id,
 )
-from slime.rollout.staleness import weight_clock
+from slime.rollout.staleness import assume_version, weight_clock
 from slime.utils.api_key import is_own_server
 from slime.utils.async_utils import run
 from slime.utils.data import Dataset
@@ -184,7 +184,9 @@ async def _generate_across_updates(
     while True:
         clock = weight_clock()
         num_updates = await clock.settled()
+        version = clock.current
         result = await _generate_by_any_function(args, state, sample, sampling_params, evaluation)
+        assume_version(result, version)
         has_met_update = clock.is_updating or clock.num_updates > num_updates
         is_cut = isinstance(result, Sample) and result.status == Sample.Status.ABORTED
         if state.aborted or not (is_cut and has_met_update):

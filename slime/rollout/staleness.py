@@ -111,6 +111,18 @@ def made_from(samples: Iterable[Any]) -> int | None:
     return min(trained_into, default=None)
 
 
+def assume_version(made: Any, version: str | None) -> None:
+    """Count what a generate function made without saying by which weights as made by `version`, in place.
+
+    Args:
+        made: a sample, or nested lists of them. Those that have a version already keep it.
+        version: that engines held when the function was called, so the oldest that it can have met.
+    """
+    for sample in flatten_samples([made]):
+        if version is not None and sample.response_length > 0 and not sample.weight_versions:
+            sample.weight_versions = [version]
+
+
 def _is_trained(sample: Sample, start: int, end: int) -> bool:
     return end > start and not sample.remove_sample and (sample.loss_mask is None or any(sample.loss_mask[start:end]))
 

@@ -3,6 +3,7 @@
 import datetime
 import functools
 import itertools
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
@@ -14,12 +15,15 @@ from torch import Tensor
 
 # No public function makes a second group with members from outside the default one. Engines join with this one; using
 # the same function keeps the keys in the store equal on both sides. To be replaced when torch offers a public way.
-from torch.distributed.distributed_c10d import Backend, PrefixStore, _new_process_group_helper
+from torch.distributed.distributed_c10d import Backend, PrefixStore, _abort_process_group, _new_process_group_helper
 
 from slime.utils.rendezvous import tcp_store
 from slime.weight_sync.base import Bucket, EngineError, WeightEngine, WeightSyncError
 from slime.weight_sync.sync import SenderTransport, on_each
 
+logger = logging.getLogger(__name__)
+
+_LEAVE_S = 30.0  # who has not left a group in this time may be stuck in it for ever
 _group_numbers = itertools.count(1)  # torch refuses a name twice in a process, even after a join that failed
 
 
@@ -118,15 +122,21 @@ class DistributedTransport(SenderTransport):
         self._leave()
 
     def _leave(self) -> None:
+        """All ranks at once: NCCL's leaving is collective on each host, so an engine asked alone would wait for us."""
         group, self._group, self._is_open = self._group, None, False
         if group is None:
             return
+        leaving = {"the trainer": _in_thread(group.close)}
         for engine in self._engines:
-            try:
-                engine.destroy_weights_update_group(group.name)
-            except EngineError:  # it is gone, and its end of the group with it
-                continue
-        group.close()
+            call = functools.partial(engine.destroy_weights_update_group, group.name)
+            leaving[f"{engine.name} ({engine.url})"] = _in_thread(call)
+        wait(leaving.values(), timeout=_LEAVE_S)
+        for who, future in leaving.items():
+            if not future.done():
+                logger.warning("%s did not leave %s within %g s.", who, group.name, _LEAVE_S)
+            elif (error := future.exception()) is not None and not isinstance(error, EngineError):
+                raise error
+            # An engine that does not answer is gone, and its end of the group with it.
 
     def _together(self, ours: "Future[Any]", call: Callable[[Any], None], what: str) -> None:
         """Wait for our half and the engines'; the first error ends the wait, since the other half may never end."""
@@ -136,7 +146,7 @@ class DistributedTransport(SenderTransport):
         if failed or running:
             group, self._group = self._group, None
             if group is not None:
-                group.abort()
+                wait([_in_thread(group.abort)], timeout=_LEAVE_S)
             names = ", ".join(f"{engine.name} ({engine.url})" for engine in self._engines)
             reason = failed[0].exception() if failed else f"not complete within {self._timeout_s:g} s"
             raise WeightSyncError(f"Weights over {self._backend}: {what} with {names} failed: {reason}") from (
@@ -178,13 +188,16 @@ class WeightGroup:
 
     def abort(self) -> None:
         """End what is under way: over NCCL a broadcast whose receiver died would stay before all later work."""
-        abort = getattr(self._group, "abort", None)
-        if self._is_nccl and abort is not None:
-            abort()
+        if self._is_nccl:
+            self.close()
 
     def close(self) -> None:
-        """Leave the group; engines leave by `destroy_weights_update_group`."""
-        dist.destroy_process_group(self._group)
+        """Leave the group; engines leave by `destroy_weights_update_group`.
+
+        Over NCCL this ends what is under way and waits for nobody, since another rank may be dead.
+        """
+        leave = _abort_process_group if self._is_nccl else dist.destroy_process_group
+        leave(self._group)
 
 
 def join(

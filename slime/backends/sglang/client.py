@@ -16,7 +16,7 @@ from slime.utils.http_utils import tls_context
 from slime.utils.server_control import num_requests_from_load
 from slime.weight_sync.base import EngineError
 
-_FLUSH_RETRY_S = 0.2
+_FLUSH_RETRY_S = 0.02
 _HEALTH_TIMEOUT_S = 5.0
 _MAX_REPLY_CHARS = 1500
 

@@ -65,6 +65,16 @@ def server_command(args: Namespace, spec: EngineSpec) -> tuple[list[str], dict[s
     return argv, _environment(spec)
 
 
+def shared_nccl_settings(args: Namespace) -> dict[str, str]:
+    """Environment variables that a server sets for itself, and that whoever shares a process group with it needs too.
+
+    NCCL's ranks on one host hand each other their buffers in one of two forms, and none reads the other's. A server
+    turns cuMem, the newer one, off unless the environment sets it or --sglang-enable-symm-mem needs it.
+    """
+    is_symmetric = bool(getattr(args, "sglang_enable_symm_mem", None))
+    return {"NCCL_CUMEM_ENABLE": "1" if is_symmetric else os.environ.get("NCCL_CUMEM_ENABLE", "0")}
+
+
 def _from_spec(args: Namespace, spec: EngineSpec) -> list[str]:
     pp_size = int(getattr(args, "sglang_pp_size", None) or 1)
     argv = [

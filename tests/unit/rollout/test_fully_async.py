@@ -24,6 +24,7 @@ class Gates:
 
     def __init__(self):
         self.begun, self.opened, self.cancelled = [], set(), []
+        self.tells_versions = True
 
     async def generate(self, args, sample, sampling_params):
         self.begun.append(sample.prompt)
@@ -35,7 +36,7 @@ class Gates:
             self.cancelled.append(sample.prompt)
             raise
         sample.tokens = [1, 2]
-        meta = {"weight_version": version, "finish_reason": {"type": "stop"}}
+        meta = {"finish_reason": {"type": "stop"}} | ({"weight_version": version} if self.tells_versions else {})
         sample.append_response_tokens(tokens=[3], log_probs=[-1.0], meta_info=meta, text="ok")
         return sample
 
@@ -155,7 +156,10 @@ def test_no_trained_sample_is_older_than_the_limit_and_the_late_ones_are_counted
     assert (summary.trained, summary.discarded, summary.unknown) == (12, 2, 0)
 
 
-def test_masking_trains_the_late_group_and_counts_its_old_tokens(gates, pool_args):
+@pytest.mark.parametrize("tells_versions", [True, False], ids=["versions told", "meta_info dropped"])
+def test_masking_trains_the_late_group_and_counts_its_old_tokens(gates, pool_args, tells_versions):
+    """Without versions a group counts as made by the weights that were there when it was begun."""
+    gates.tells_versions = tells_versions
     args = pool_args(*numbers(60, slow=(1,)), stale_samples="mask")
     source = load_data_source(args)
     outputs, _ = run_rollouts(args, source, 6, before=lambda i: gates.opened.add("slow 1") if i == 5 else None)

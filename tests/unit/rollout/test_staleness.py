@@ -9,6 +9,7 @@ from slime.rollout.engine_requests import take_reply
 from slime.rollout.staleness import (
     StalenessCheck,
     WeightClock,
+    assume_version,
     made_from,
     mask_tokens_before,
     reset_weight_clock,
@@ -87,6 +88,16 @@ def test_an_engine_that_tells_only_its_last_version_may_have_begun_with_the_one_
     take_reply(Namespace(), sample, {"meta_info": meta, "text": ""}, version_before="2")
     assert sample.weight_versions == ["2"]
     assert staleness(sample, rollout_id=3) == 2
+
+
+def test_what_was_made_without_a_version_is_as_old_as_its_beginning():
+    made = [Sample(tokens=[0, 7], response_length=1), sample_of(("3", 1)), Sample(tokens=[0])]
+    assume_version([made], "2")
+    assert [sample.weight_versions for sample in made] == [["2"], ["3"], []]
+    assert [staleness(sample, rollout_id=4) for sample in made] == [3, 1, None]
+    assume_version(made, "3")
+    assert staleness(made[0], rollout_id=4) == 3, "where it goes on later it does not become younger"
+    assume_version(made[2:], None)
 
 
 def test_masking_takes_exactly_the_old_tokens_out_of_the_loss():

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from slime.backends.base import EngineSpec
-from slime.backends.sglang.launch import PYTHON_VARIABLE, server_command
+from slime.backends.sglang.launch import PYTHON_VARIABLE, server_command, shared_nccl_settings
 
 
 def spec(**changes) -> EngineSpec:
@@ -165,3 +165,17 @@ def test_a_model_on_disk_keeps_the_server_off_the_network(tmp_path, monkeypatch)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     assert server_command(Namespace(), spec(model_path=str(tmp_path)))[1]["HF_HUB_OFFLINE"] == "1"
     assert "HF_HUB_OFFLINE" not in server_command(Namespace(), spec(model_path="someone/some-model"))[1]
+
+
+@pytest.mark.parametrize(
+    ("environment", "changes", "expected"),
+    [({}, {}, "0"), ({"NCCL_CUMEM_ENABLE": "1"}, {}, "1"), ({}, {"sglang_enable_symm_mem": True}, "1")],
+)
+def test_a_trainer_reads_nccls_buffers_in_the_form_in_which_a_server_writes_them(
+    monkeypatch, environment, changes, expected
+):
+    """What SGLang's own start does: off, unless the environment says otherwise or symmetric memory needs it."""
+    monkeypatch.delenv("NCCL_CUMEM_ENABLE", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert shared_nccl_settings(Namespace(**changes)) == {"NCCL_CUMEM_ENABLE": expected}

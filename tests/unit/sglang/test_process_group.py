@@ -1,6 +1,7 @@
 """Weights over gloo: an engine in another process receives what the trainer's side broadcasts, or says why not."""
 
 import multiprocessing
+import threading
 import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from slime.utils.processes import free_port
+from slime.weight_sync import process_group
 from slime.weight_sync.base import EngineError, WeightSyncError
 from slime.weight_sync.process_group import DistributedTransport, WeightGroup, join
 
@@ -128,6 +130,37 @@ def test_another_set_of_engines_gets_a_new_group(engines, transport):
     transport.connect(engines)
     transport.send([("a", torch.ones(2))], "1")
     assert all(torch.equal(engine.received["a"], torch.ones(2)) for engine in engines)
+
+
+def test_all_ranks_leave_a_group_at_once(engines, transport, monkeypatch):
+    """NCCL's leaving is collective on each host: an engine that is asked alone would wait for the trainer for ever."""
+    everyone = threading.Barrier(3, timeout=10)
+    close = WeightGroup.close
+
+    def close_with_the_others(group):
+        everyone.wait()
+        close(group)
+
+    monkeypatch.setattr(WeightGroup, "close", close_with_the_others)
+    transport.connect(engines)
+    for engine in engines:
+        monkeypatch.setattr(engine, "destroy_weights_update_group", lambda name: everyone.wait())
+    transport.close()
+    assert not everyone.broken
+
+
+def test_an_engine_that_died_or_is_stuck_does_not_keep_the_others_from_a_new_group(engines, transport, monkeypatch):
+    monkeypatch.setattr(process_group, "_LEAVE_S", 0.2)
+    transport.connect(engines)
+    never = threading.Event()
+    monkeypatch.setattr(engines[0], "destroy_weights_update_group", lambda name: never.wait(30))
+    engines[1].refuses = "leave"
+    transport.close()
+    engines[1].refuses = None
+    transport.connect(engines[1:])
+    transport.send([("a", torch.ones(2))], "1")
+    assert torch.equal(engines[1].received["a"], torch.ones(2))
+    never.set()
 
 
 def test_a_refusal_ends_the_sync_at_once_with_the_engines_words(engines, transport):
