@@ -1,5 +1,7 @@
 """Attention kernels of a GPU on packed rows with and without shared prompts equal those of the CPU."""
 
+import logging
+
 import pytest
 import torch
 from torch import Tensor
@@ -29,10 +31,7 @@ def _row(share_prompts: bool) -> PackedBatch:
 @pytest.mark.parametrize("share_prompts", [True, False], ids=["shared prompts", "whole sequences"])
 @pytest.mark.parametrize("name", kernels.ATTENTION_NAMES)
 def test_attention_and_its_gradients(name: str, share_prompts: bool) -> None:
-    try:
-        attend = attention_named(name)
-    except ImportError as error:
-        pytest.skip(str(error))
+    attend = attention_named(name)
     batch = _row(share_prompts)
     generator = torch.Generator().manual_seed(1)
     drawn = [
@@ -57,10 +56,36 @@ def test_attention_and_its_gradients(name: str, share_prompts: bool) -> None:
         assert _relative_error(mine, theirs) < 0.01
 
 
-def test_sequences_that_go_alone_are_computed_by_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("share_prompts", [True, False], ids=["with their prompts", "whole"])
+def test_sequences_that_go_alone_are_computed_by_cudnn(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, share_prompts: bool
+) -> None:
     """The longest of the row, of a length that needs padding, and the others together, as in a row of long ones."""
     monkeypatch.setattr(gpu_attention, "_LONG", 100)
-    test_attention_and_its_gradients("torch by length", share_prompts=False)
+    with caplog.at_level(logging.INFO):
+        test_attention_and_its_gradients(kernels.ATTENTION_NAMES[0], share_prompts)
+    said = [record.getMessage() for record in caplog.records if record.name == gpu_attention.__name__]
+    assert said and all("cuDNN, forward and backward" in message for message in said), said
+
+
+@pytest.mark.parametrize("length", [4096, 5000, 16384])
+def test_cudnn_and_flash_attention_agree_on_long_sequences(length: int) -> None:
+    """Values as Megatron passes them: a slice of the product that also gives queries and keys."""
+    device = torch.device("cuda", 0)
+    generator = torch.Generator(device).manual_seed(0)
+    whole = torch.randn(length, GROUPS, (HEADS // GROUPS + 2) * DIM, device=device, generator=generator).bfloat16()
+    query, key, value = whole.split([HEADS // GROUPS * DIM, DIM, DIM], -1)
+    inputs = [query.reshape(length, HEADS, DIM).requires_grad_(), key.contiguous().requires_grad_(), value]
+    inputs[2].requires_grad_()
+    grad = torch.randn(length, HEADS, DIM, device=device, generator=generator).bfloat16()
+    boundaries = torch.tensor([0, length], dtype=torch.int32, device=device)
+    sequences = gpu_attention.Sequences(boundaries, boundaries, (length,), (length,))
+    results = []
+    for name in kernels.ATTENTION_NAMES:
+        out = attention_named(name)(*inputs, sequences, DIM**-0.5)
+        results.append((out, *torch.autograd.grad(out, inputs, grad)))
+    for mine, theirs in zip(*results, strict=True):
+        assert _relative_error(mine, theirs.detach().float().cpu()) < 0.01
 
 
 def _relative_error(mine: Tensor, theirs: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""Attention over packed rows on a GPU: the kernels that are at hand, by name.
+"""Attention over packed rows on a GPU: torch's flash attention, and cuDNN for long sequences.
 
 Letters: T rows of queries and S of keys, H query heads, G groups (key and value heads), d dimensions of a head, B
 sequences.
@@ -7,8 +7,10 @@ Every kernel is a function (query [T, H, d], key [S, G, d], value [S, G, d], seq
 """
 
 import functools
-import importlib
-from collections.abc import Callable
+import logging
+import time
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -16,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -55,15 +59,8 @@ Attention = Callable[[Tensor, Tensor, Tensor, Sequences, float], Tensor]
 
 
 def attention_named(name: str) -> Attention:
-    """The kernel of `ATTENTIONS` with this name.
-
-    Raises:
-        RuntimeError: it needs something that is not installed here.
-    """
+    """The kernel of `ATTENTIONS` with this name."""
     return ATTENTIONS[name]()
-
-
-# --- torch's own ------------------------------------------------------------------------------------------------------
 
 
 class _FlashAttention(torch.autograd.Function):
@@ -95,10 +92,6 @@ class _FlashAttention(torch.autograd.Function):
         return *gradients, None, None
 
 
-def _torch_varlen() -> Attention:
-    return _flash
-
-
 def _flash(query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scale: float) -> Tensor:
     out: Tensor = _FlashAttention.apply(query, key, value, sequences, scale)
     return out
@@ -109,313 +102,154 @@ _LONG = 4096
 
 
 class Piece(NamedTuple):
-    """Consecutive rows that one kernel computes.
+    """Consecutive sequences that one kernel computes.
 
     Attributes:
-        padded: the size that a single long sequence is padded to; 0 for the sequences of `sequences`.
+        rows, keys: theirs, of T and of S.
+        padded: the size that a single long sequence is padded to; 0 where there are several, or short ones.
+        sequences: what flash attention is told of them.
     """
 
-    start: int
-    stop: int
+    rows: slice
+    keys: slice
     padded: int
-    sequences: Sequences | None
+    sequences: Sequences
 
 
 def pieces_of(sequences: Sequences) -> list[Piece]:
-    """Long sequences one by one, and the others between them together; with prefixes, all together."""
-    if sequences.has_prefixes or sequences.longest_query < _LONG:
-        return [Piece(0, sum(sequences.query_lengths), 0, sequences)]
+    """Long sequences one by one, and the others between them together."""
+    lengths = list(zip(sequences.query_lengths, sequences.key_lengths, strict=True))
+    alone = [queries >= _LONG and keys <= 2 * queries for queries, keys in lengths]
     pieces: list[Piece] = []
-    row = first = 0
-    lengths = sequences.query_lengths
-    for i, length in enumerate(lengths):
-        is_end = i + 1 == len(lengths) or lengths[i + 1] >= _LONG
-        if length >= _LONG:
-            pieces.append(Piece(row, row + length, _rounded_up(length), None))
-            first = i + 1
-        elif is_end:
-            boundaries = sequences.query_boundaries[first : i + 2] - sequences.query_boundaries[first]
-            among = lengths[first : i + 1]
-            part = Sequences(boundaries, boundaries, among, among)
-            pieces.append(Piece(row + length - sum(among), row + length, 0, part))
-        row += length
+    first = row = key = 0
+    for i in range(len(lengths)):
+        if not (alone[i] or i + 1 == len(lengths) or alone[i + 1]):
+            continue
+        among = slice(first, i + 1)
+        part = _part(sequences, among)
+        rows, keys = sum(part.query_lengths), sum(part.key_lengths)
+        padded = _rounded_up(keys) if alone[i] else 0
+        pieces.append(Piece(slice(row, row + rows), slice(key, key + keys), padded, part))
+        first, row, key = i + 1, row + rows, key + keys
     return pieces
 
 
-def _torch_by_length() -> Attention:
-    """cuDNN, as torch calls it, for each long sequence; flash attention for all others together.
+def _part(sequences: Sequences, which: slice) -> Sequences:
+    bounds = slice(which.start, which.stop + 1)
+    queries = sequences.query_boundaries[bounds] - sequences.query_boundaries[which.start]
+    keys = sequences.key_boundaries[bounds] - sequences.key_boundaries[which.start]
+    return Sequences(queries, keys, sequences.query_lengths[which], sequences.key_lengths[which])
+
+
+def _rounded_up(value: int) -> int:
+    """To a multiple of an eighth of the power of two below it: at most an eighth more, eight sizes an octave.
+
+    cuDNN builds a plan for each size, which takes it some tenths of a second.
+    """
+    step = max(64, 1 << max(value.bit_length() - 4, 0))
+    return -(-value // step) * step
+
+
+class _LongSequences:
+    """cuDNN's kernel, as torch calls it, for one sequence.
+
+    torch and cuDNN decide by device, version, head size, strides and length whether it runs. So each size is tried,
+    backward too, before its first use; the first that fails is logged, and cuDNN is not asked again.
+    """
+
+    def __init__(self) -> None:
+        self.is_refused = False
+        self._tried: set[tuple[Any, ...]] = set()
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, padded: int, scale: float) -> Tensor | None:
+        """None: cuDNN does not do it.
+
+        The mask of torch has as many queries as keys. So a prefix gets queries, whose outputs nobody wants; and the
+        rows that fill up the size come after all that count, and are hidden from them.
+        """
+        length = key.size(0)
+        prefix = length - query.size(0)
+        inputs = _padded(query, prefix, padded - length), *(_padded(x, 0, padded - length) for x in (key, value))
+        q, k, v = (x[None].transpose(1, 2) for x in inputs)
+        with_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+        size = (with_gradient, q.dtype, *(number for x in (q, k, v) for number in (*x.shape, *x.stride())))
+        if size not in self._tried and not self.is_refused:
+            self._try(q, k, v, scale, with_gradient)
+            self._tried.add(size)
+        if self.is_refused:
+            return None
+        # not out[0]: the gradient of an index is a copy into zeros
+        return _by_cudnn(q, k, v, scale).transpose(1, 2).squeeze(0)[prefix:length]
+
+    def _try(self, query: Tensor, key: Tensor, value: Tensor, scale: float, with_gradient: bool) -> None:
+        rows, start = query.size(2), time.perf_counter()
+        q, k, v = (x.detach().requires_grad_(with_gradient) for x in (query, key, value))
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")  # torch gives its reasons as warnings
+            try:
+                out = _by_cudnn(q, k, v, scale)
+                if with_gradient:
+                    torch.autograd.grad(out, (q, k, v), out.detach())
+            except RuntimeError as error:
+                if not any(words in str(error) for words in _REFUSALS):
+                    raise
+                self.is_refused = True
+                reasons = _reasons(error, said)
+        if self.is_refused:
+            logger.warning("cuDNN does not run attention over %d rows: %s Flash attention does instead.", rows, reasons)
+        else:
+            what = "forward and backward" if with_gradient else "forward"
+            seconds = time.perf_counter() - start
+            logger.info("Attention over %d rows: cuDNN, %s (%.2f s to try it, once).", rows, what, seconds)
+
+
+def _padded(x: Tensor, before: int, after: int) -> Tensor:
+    """With rows of zeros."""
+    return F.pad(x, (0, 0, 0, 0, before, after)) if before or after else x
+
+
+_REFUSALS = ("No available kernel", "No viable backend", "cuDNN Frontend error")
+"""What errors say where torch's conditions are not met, and where cuDNN has no plan."""
+
+
+def _reasons(error: RuntimeError, said: Sequence[warnings.WarningMessage]) -> str:
+    """The error, and what torch says of cuDNN (it says it last, after its other kernels)."""
+    words = [str(one.message).partition(" (Triggered internally")[0] for one in said]
+    about = next((i for i, text in enumerate(words) if "cudnn" in text.lower()), len(words))
+    return " ".join([str(error).strip(), *words[about:]])
+
+
+def _by_cudnn(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """query: [1, H, L, d]; key, value: [1, G, L, d]; causal."""
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
+
+
+def _by_length() -> Attention:
+    """cuDNN for each long sequence; flash attention for all others together.
 
     cuDNN is nearly twice as fast from some thousand rows on, but torch offers it only for whole batches.
     """
-    backends = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
-
-    def attend_alone(query: Tensor, key: Tensor, value: Tensor, padded: int, scale: float) -> Tensor:
-        length = query.size(0)
-        # hidden from every row that counts, as it comes after them
-        inputs = (F.pad(x, (0, 0, 0, 0, 0, padded - length)) if padded > length else x for x in (query, key, value))
-        q, k, v = (x.transpose(0, 1)[None] for x in inputs)
-        with sdpa_kernel(backends, set_priority=True):
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
-        return out[0].transpose(0, 1)[:length]
+    long_sequences = _LongSequences()
 
     def attend(query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scale: float) -> Tensor:
         if "pieces" not in sequences.derived:
             sequences.derived["pieces"] = pieces_of(sequences)
+        pieces: list[Piece] = sequences.derived["pieces"]
+        if long_sequences.is_refused or not any(piece.padded for piece in pieces):
+            return _flash(query, key, value, sequences, scale)
         parts = []
-        for piece in sequences.derived["pieces"]:
-            q, k, v = (
-                (query, key, value)
-                if piece.sequences is sequences
-                else (x[piece.start : piece.stop] for x in (query, key, value))
-            )
-            alone = piece.sequences is None
-            parts.append(
-                attend_alone(q, k, v, piece.padded, scale) if alone else _flash(q, k, v, piece.sequences, scale)
-            )
+        for piece in pieces:
+            q, k, v = query[piece.rows], key[piece.keys], value[piece.keys]
+            part = long_sequences.attend(q, k, v, piece.padded, scale) if piece.padded else None
+            parts.append(_flash(q, k, v, piece.sequences, scale) if part is None else part)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     return attend
 
 
-# --- cuDNN through its own front end ---------------------------------------------------------------------------------
-
-
-class _Size(NamedTuple):
-    """What a graph of cuDNN is compiled for."""
-
-    dtype: torch.dtype
-    batch: int
-    heads: int
-    groups: int
-    dim: int
-    longest_query: int
-    longest_key: int
-    scale: float
-    has_prefixes: bool
-    is_deterministic: bool
-
-
-class _CudnnPlans:
-    """cuDNN's compiled graphs, one a size; sizes are rounded up so that few are needed.
-
-    Boundaries tell cuDNN where rows lie, and lengths how many count, so sequences that only fill up a rounded number
-    are empty ones.
-    """
-
-    def __init__(self) -> None:
-        self.cudnn = importlib.import_module("cudnn")
-        self._handles: dict[int, Any] = {}
-        self._forward: dict[_Size, tuple[Any, int]] = {}
-        self._backward: dict[_Size, tuple[Any, int]] = {}
-
-    def handle(self, device: torch.device) -> Any:
-        """This device's, on its current stream."""
-        index = device.index or 0
-        if index not in self._handles:
-            self._handles[index] = self.cudnn.create_handle()
-        handle = self._handles[index]
-        self.cudnn.set_stream(handle=handle, stream=torch.cuda.current_stream(device).cuda_stream)
-        return handle
-
-    def forward(self, size: _Size, handle: Any) -> tuple[Any, int]:
-        """Graph and bytes of workspace."""
-        if size not in self._forward:
-            self._forward[size] = self._build(size, handle, _forward_nodes)
-        return self._forward[size]
-
-    def backward(self, size: _Size, handle: Any) -> tuple[Any, int]:
-        if size not in self._backward:
-            self._backward[size] = self._build(size, handle, _backward_nodes)
-        return self._backward[size]
-
-    def _build(self, size: _Size, handle: Any, nodes: Callable[..., None]) -> tuple[Any, int]:
-        cudnn = self.cudnn
-        kinds = {torch.bfloat16: cudnn.data_type.BFLOAT16, torch.float16: cudnn.data_type.HALF}
-        graph = cudnn.pygraph(
-            io_data_type=kinds[size.dtype],
-            intermediate_data_type=cudnn.data_type.FLOAT,
-            compute_data_type=cudnn.data_type.FLOAT,
-            handle=handle,
-        )
-        nodes(cudnn, graph, size)
-        graph.validate()
-        graph.build_operation_graph()
-        graph.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
-        graph.check_support()
-        graph.build_plans()
-        return graph, max(int(graph.get_workspace_size()), 1)
-
-
-_QUERY, _KEY, _VALUE, _OUT, _STATS, _LENGTHS_Q, _LENGTHS_K, _AT_Q, _AT_K, _AT_STATS = range(1, 11)
-_GRAD_OUT, _GRAD_QUERY, _GRAD_KEY, _GRAD_VALUE = range(11, 15)
-"""Names (uids) of the tensors of a graph. _AT_*: element at which each sequence begins."""
-
-
-def _described(cudnn: Any, graph: Any, size: _Size) -> dict[int, Any]:
-    """Queries, keys, values, lengths and places of a graph."""
-    batch, dim = size.batch, size.dim
-    integer = dict(data_type=cudnn.data_type.INT32)
-    tensors = {
-        uid: graph.tensor(dim=[batch, 1, 1, 1], stride=[1, 1, 1, 1], uid=uid, **integer)
-        for uid in (_LENGTHS_Q, _LENGTHS_K)
-    }
-    for uid in (_AT_Q, _AT_K):
-        tensors[uid] = graph.tensor(
-            dim=[batch + 1, 1, 1, 1], stride=[1, 1, 1, 1], uid=uid, data_type=cudnn.data_type.INT64
-        )
-    for uid, count, length, at in (
-        (_QUERY, size.heads, size.longest_query, _AT_Q),
-        (_KEY, size.groups, size.longest_key, _AT_K),
-        (_VALUE, size.groups, size.longest_key, _AT_K),
-    ):
-        tensors[uid] = graph.tensor(
-            dim=[batch, count, length, dim], stride=_packed(count, length, dim), uid=uid, ragged_offset=tensors[at]
-        )
-    return tensors
-
-
-def _packed(heads: int, length: int, dim: int) -> list[int]:
-    """Strides of [B, heads, length, d] in rows [T, heads, d]."""
-    return [length * heads * dim, dim, heads * dim, 1]
-
-
-def _causal(cudnn: Any, tensors: dict[int, Any], size: _Size) -> dict[str, Any]:
-    """The mask. Where there are as many keys as queries both alignments say the same, and the top left is fast."""
-    alignment = cudnn.diagonal_alignment
-    return dict(
-        attn_scale=size.scale, use_padding_mask=True, seq_len_q=tensors[_LENGTHS_Q], seq_len_kv=tensors[_LENGTHS_K],
-        diagonal_alignment=alignment.BOTTOM_RIGHT if size.has_prefixes else alignment.TOP_LEFT,
-        diagonal_band_right_bound=0,
-    )  # fmt: skip
-
-
-def _forward_nodes(cudnn: Any, graph: Any, size: _Size) -> None:
-    batch, heads, dim, longest_query = size.batch, size.heads, size.dim, size.longest_query
-    tensors = _described(cudnn, graph, size)
-    out, stats = graph.sdpa(
-        name="attention", q=tensors[_QUERY], k=tensors[_KEY], v=tensors[_VALUE],
-        generate_stats=True, **_causal(cudnn, tensors, size),
-    )  # fmt: skip
-    out.set_output(True).set_uid(_OUT).set_dim([batch, heads, longest_query, dim])
-    out.set_stride(_packed(heads, longest_query, dim)).set_ragged_offset(tensors[_AT_Q])
-    stats.set_output(True).set_uid(_STATS).set_data_type(cudnn.data_type.FLOAT)
-    stats.set_dim([batch, heads, longest_query, 1]).set_stride([heads * longest_query, longest_query, 1, 1])
-
-
-def _backward_nodes(cudnn: Any, graph: Any, size: _Size) -> None:
-    batch, heads, groups, dim = size.batch, size.heads, size.groups, size.dim
-    longest_query, longest_key = size.longest_query, size.longest_key
-    tensors = _described(cudnn, graph, size)
-    rows = dict(
-        dim=[batch, heads, longest_query, dim],
-        stride=_packed(heads, longest_query, dim),
-        ragged_offset=tensors[_AT_Q],
-    )
-    out, grad_out = graph.tensor(uid=_OUT, **rows), graph.tensor(uid=_GRAD_OUT, **rows)
-    stats = graph.tensor(
-        dim=[batch, heads, longest_query, 1], stride=[heads * longest_query, longest_query, 1, 1], uid=_STATS,
-        data_type=cudnn.data_type.FLOAT,
-    )  # fmt: skip
-    gradients = graph.sdpa_backward(
-        name="attention_backward", q=tensors[_QUERY], k=tensors[_KEY], v=tensors[_VALUE],
-        o=out, dO=grad_out, stats=stats, use_deterministic_algorithm=size.is_deterministic,
-        **_causal(cudnn, tensors, size),
-    )  # fmt: skip
-    for gradient, uid, count, length, at in zip(
-        gradients, (_GRAD_QUERY, _GRAD_KEY, _GRAD_VALUE), (heads, groups, groups),
-        (longest_query, longest_key, longest_key), (_AT_Q, _AT_K, _AT_K), strict=True,
-    ):  # fmt: skip
-        gradient.set_output(True).set_uid(uid).set_dim([batch, count, length, dim])
-        gradient.set_stride(_packed(count, length, dim)).set_ragged_offset(tensors[at])
-
-
-def _rounded_up(value: int) -> int:
-    """To a multiple of an eighth of the power of two below it, at least 64: at most a seventh more, few sizes."""
-    step = max(64, 1 << max(value.bit_length() - 4, 0))
-    return -(-value // step) * step
-
-
-@functools.cache
-def _cudnn_plans() -> _CudnnPlans:
-    return _CudnnPlans()
-
-
-class _CudnnAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scale: float) -> Tensor:
-        plans = _cudnn_plans()
-        query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-        heads, groups, dim = query.size(1), key.size(1), query.size(2)
-        batch = 1 << max(sequences.query_boundaries.numel() - 2, 0).bit_length()
-        size = _Size(
-            query.dtype, batch, heads, groups, dim, _rounded_up(sequences.longest_query),
-            _rounded_up(sequences.longest_key), scale, sequences.has_prefixes,
-            torch.are_deterministic_algorithms_enabled(),
-        )  # fmt: skip
-        places = _places(sequences, size)
-        out = torch.empty_like(query)
-        stats = query.new_empty(batch, heads, size.longest_query, dtype=torch.float32)
-        handle = plans.handle(query.device)
-        graph, workspace_bytes = plans.forward(size, handle)
-        pack = _variant_pack(query, key, value, out, stats, places)
-        graph.execute(pack, query.new_empty(workspace_bytes, dtype=torch.uint8), handle=handle)
-        ctx.save_for_backward(query, key, value, out, stats)
-        ctx.size, ctx.places = size, places
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, out, stats = ctx.saved_tensors
-        plans = _cudnn_plans()
-        gradients = [torch.empty_like(x) for x in (query, key, value)]
-        handle = plans.handle(query.device)
-        graph, workspace_bytes = plans.backward(ctx.size, handle)
-        pack = _variant_pack(query, key, value, out, stats, ctx.places) | {_GRAD_OUT: grad.contiguous()}
-        pack |= dict(zip((_GRAD_QUERY, _GRAD_KEY, _GRAD_VALUE), gradients, strict=True))
-        graph.execute(pack, query.new_empty(workspace_bytes, dtype=torch.uint8), handle=handle)
-        return *gradients, None, None
-
-
-def _places(sequences: Sequences, size: _Size) -> tuple[Tensor, ...]:
-    """Lengths [batch] int32, and elements at which sequences begin [batch + 1] int64, of queries and of keys; sequences
-    that are added to fill up the batch are empty."""
-    wanted = (size.batch, size.heads * size.dim, size.groups * size.dim)
-    if wanted not in sequences.derived:
-        places = []
-        for boundaries, row_size in zip(
-            (sequences.query_boundaries, sequences.key_boundaries), wanted[1:], strict=True
-        ):
-            if missing := size.batch + 1 - boundaries.numel():
-                boundaries = torch.cat([boundaries, boundaries[-1:].expand(missing)])
-            places += [boundaries.diff().int(), boundaries.long() * row_size]
-        sequences.derived[wanted] = tuple(places)
-    found: tuple[Tensor, ...] = sequences.derived[wanted]
-    return found
-
-
-def _variant_pack(
-    query: Tensor, key: Tensor, value: Tensor, out: Tensor, stats: Tensor, places: tuple[Tensor, ...]
-) -> dict[int, Tensor]:
-    lengths_q, at_q, lengths_k, at_k = places
-    return {
-        _QUERY: query, _KEY: key, _VALUE: value, _OUT: out, _STATS: stats, _LENGTHS_Q: lengths_q,
-        _LENGTHS_K: lengths_k, _AT_Q: at_q, _AT_K: at_k,
-    }  # fmt: skip
-
-
-def _cudnn_frontend() -> Attention:
-    _cudnn_plans()
-
-    def attend(query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scale: float) -> Tensor:
-        out: Tensor = _CudnnAttention.apply(query, key, value, sequences, scale)
-        return out
-
-    return attend
-
-
 ATTENTIONS: dict[str, Callable[[], Attention]] = {
-    "torch by length": _torch_by_length,
-    "torch varlen": _torch_varlen,
-    "cuDNN front end": _cudnn_frontend,
+    "flash attention, cuDNN for long sequences": _by_length,
+    "flash attention": lambda: _flash,
 }
-"""Name -> what makes the function."""
+"""Name -> what makes the function; the preferred one first."""

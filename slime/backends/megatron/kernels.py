@@ -4,7 +4,6 @@ Letters: T rows of a packed micro-batch, N response tokens.
 """
 
 import importlib.util
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,15 +15,13 @@ from torch import Tensor
 from slime.backends.megatron import head, pointwise
 from slime.backends.megatron.gpu_attention import ATTENTIONS, Attention, attention_named
 
-logger = logging.getLogger(__name__)
-
 POINTWISE_NAMES = ("Triton", "torch")
 """Who computes norms, rotation, SwiGLU and the head's softmax on a GPU, the preferred one first."""
 ATTENTION_NAMES = tuple(ATTENTIONS)
 """Kernels of `gpu_attention`, the preferred one first."""
 
-_BY_FLAG = {"auto": ATTENTION_NAMES, "flash": ("torch by length",), "fused": ("cuDNN front end",)}
-"""--attention-backend -> kernels to try, in order."""
+_BY_FLAG = {"auto": ATTENTION_NAMES[0], "fused": ATTENTION_NAMES[0], "flash": "flash attention"}
+"""--attention-backend -> one of `ATTENTION_NAMES`."""
 
 
 @dataclass(frozen=True)
@@ -79,19 +76,16 @@ def kernels_for(device: torch.device, attention_backend: str = "auto") -> Kernel
     """What models on this device compute with.
 
     Args:
-        attention_backend: --attention-backend: `auto`, `flash` (torch's) or `fused` (cuDNN's).
-
-    Raises:
-        RuntimeError: an attention that was asked for is not installed here.
+        attention_backend: --attention-backend: `flash`, or `auto` and `fused`, which take cuDNN's for long sequences.
     """
     if device.type == "cpu":
         return CPU
     has_triton = importlib.util.find_spec("triton") is not None
     by = _forced.get("pointwise") or (POINTWISE_NAMES[0] if has_triton else POINTWISE_NAMES[1])
-    names = (_forced["attention"],) if "attention" in _forced else _BY_FLAG[attention_backend]
-    name, attention = _first_at_hand(names)
+    name = _forced.get("attention") or _BY_FLAG[attention_backend]
     pieces = _of_triton() if by == "Triton" else _OF_TORCH
-    return Kernels(f"attention by {name}; norms, rotation, SwiGLU and head by {by}", *pieces, attention, by == "Triton")
+    words = f"attention by {name}; norms, rotation, SwiGLU and head by {by}"
+    return Kernels(words, *pieces, attention_named(name), by == "Triton")
 
 
 def _of_triton() -> tuple[Callable[..., Any], ...]:
@@ -99,16 +93,3 @@ def _of_triton() -> tuple[Callable[..., Any], ...]:
     from slime.backends.megatron import triton_kernels as t
 
     return t.rms_norm, t.rotate, t.swiglu, t.take_rows, gpu_head.response_log_probs
-
-
-def _first_at_hand(names: tuple[str, ...]) -> tuple[str, Attention]:
-    problems = []
-    for name in names:
-        try:
-            return name, attention_named(name)
-        except (ImportError, OSError) as error:
-            problems.append(f"{name}: {error}")
-    raise RuntimeError(
-        f"No attention kernel of those asked for can be loaded ({'; '.join(problems)}). Install what is missing "
-        "(cuDNN's front end: pip install nvidia-cudnn-frontend), or leave --attention-backend out."
-    )
