@@ -185,8 +185,9 @@ def _flat_tokens(args: Namespace, batch: Mapping[str, Any], log_probs: Tensor) -
 
 
 def _flat(batch: Mapping[str, Any], key: str) -> Tensor | None:
+    """None where the rollout does not have it, or not for the samples of this step."""
     values = batch.get(key)
-    return None if values is None else torch.cat(values)
+    return None if values is None or any(value is None for value in values) else torch.cat(values)
 
 
 def _log_ratio(args: Namespace, batch: Mapping[str, Any], tokens: _FlatTokens, cp: ContextParallel) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from slime.algorithm.advantages import compute_advantages_and_returns
 from slime.algorithm.loss import get_loss_function
 from slime.algorithm.metrics import reduce_contributions, rollout_data_contributions
-from slime.algorithm.passes import needs_old_log_probs, needs_ref_log_probs
+from slime.algorithm.passes import first_step_with_old_log_probs, needs_ref_log_probs
 from slime.backends.megatron import checkpoint, parallel
 from slime.backends.megatron import optimizer as optimizers
 from slime.backends.megatron.accelerator import Accelerator
@@ -210,13 +210,18 @@ class TrainingJob:
         with self._stopwatch.timed("data_preprocess"):
             data = self._on_device(local_rollout(shard))
             steps = train_steps(data)
-        self._add_log_probs(data, steps)
+            first_with_old = first_step_with_old_log_probs(args, len(steps))
+        self._add_ref_log_probs(data, steps)
+        if first_with_old == 0:
+            self._add_old_log_probs(data, steps)
         if args.compute_advantages_and_returns and parallel.is_last_stage():
             group = parallel_state.get_data_parallel_group(with_context_parallel=True)
             compute_advantages_and_returns(args, data, process_group=group)
         if path := getattr(args, "rollout_data_postprocess_path", None):
             load_function(path)(args, rollout_id, data)
         metrics = self._rollout_metrics(data, sum(step.global_batch_size for step in steps))
+        if 0 < first_with_old < len(steps):
+            self._add_old_log_probs(data, steps[first_with_old:])
         with self._stopwatch.timed("actor_train"):
             metrics |= self._train_steps(rollout_id, data, steps)
             self._finish_gathering()
@@ -236,14 +241,16 @@ class TrainingJob:
                 )
         return data
 
-    def _add_log_probs(self, data: dict[str, Any], steps: list[TrainStep]) -> None:
-        """`ref_log_probs` where a KL term needs them, `log_probs` where the loss cannot take its own."""
+    def _add_ref_log_probs(self, data: dict[str, Any], steps: list[TrainStep]) -> None:
+        """`ref_log_probs` where a KL term needs them."""
         if self.reference is not None:
             with self._stopwatch.timed("ref_log_probs"), self.reference.swapped_in():
                 self._log_prob_pass(data, steps, prefix="ref_")
-        if needs_old_log_probs(self.args, num_steps=len(steps)):
-            with self._stopwatch.timed("log_probs"):
-                self._log_prob_pass(data, steps, prefix="")
+
+    def _add_old_log_probs(self, data: dict[str, Any], steps: list[TrainStep]) -> None:
+        """`log_probs` of the samples of these steps, whose loss cannot take its own; None for the others."""
+        with self._stopwatch.timed("log_probs"):
+            self._log_prob_pass(data, steps, prefix="")
 
     def _log_prob_pass(self, data: dict[str, Any], steps: list[TrainStep], prefix: str) -> None:
         if path := getattr(self.args, "custom_megatron_before_log_prob_hook_path", None):

@@ -4,6 +4,7 @@ import pytest
 
 from slime.algorithm.passes import (
     can_reuse_log_probs,
+    first_step_with_old_log_probs,
     needs_old_log_probs,
     needs_ref_log_probs,
     needs_teacher_log_probs,
@@ -20,6 +21,23 @@ def test_more_steps_need_old_log_probs(make_args) -> None:
     assert needs_old_log_probs(make_args(), num_steps=2)
     assert needs_old_log_probs(make_args(num_steps_per_rollout=2))
     assert not needs_old_log_probs(make_args(num_steps_per_rollout=2), num_steps=1)
+
+
+def test_the_first_of_several_steps_takes_its_own_log_probs(make_args) -> None:
+    """The weights have not changed yet."""
+    assert first_step_with_old_log_probs(make_args(), 4) == 1
+    assert first_step_with_old_log_probs(make_args(), 1) == 1, "of one step none is left"
+
+
+def test_all_steps_need_them_where_somebody_reads_the_rollout(make_args) -> None:
+    for flag in ("custom_advantage_function_path", "rollout_data_postprocess_path", "save_debug_train_data"):
+        assert first_step_with_old_log_probs(make_args(**{flag: "mine.function"}), 2) == 0
+    assert first_step_with_old_log_probs(make_args(kl_coef=0.1), 2) == 0
+    assert first_step_with_old_log_probs(make_args(kl_coef=0.1), 1) == 0
+
+
+def test_no_step_needs_them_with_the_engines(make_args) -> None:
+    assert first_step_with_old_log_probs(make_args(use_rollout_logprobs=True), 3) == 3
 
 
 @pytest.mark.parametrize(

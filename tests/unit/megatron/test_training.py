@@ -1,5 +1,6 @@
 """One optimizer step is what the formulas say, however the samples were packed."""
 
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -196,15 +197,29 @@ def test_the_reference_follows_the_policy_where_asked_to(ranks: RankPool, model:
     assert found["metrics"][1]["train/kl_loss"] == pytest.approx(0, abs=1e-10)
 
 
+def reads_all(args: Namespace, rollout_id: int, rollout_data: dict[str, Any]) -> None:
+    assert all(values is not None for values in rollout_data["log_probs"])
+
+
 def test_several_steps_a_rollout_compare_with_the_policy_before_the_first(ranks: RankPool, model: Path) -> None:
-    """The second of two steps is off-policy by the first one: its importance ratios are not 1."""
-    found = _trained(ranks, model, [ROLLOUT], global_batch_size=4, num_steps_per_rollout=2)
+    """The second of two steps is off-policy by the first one: its importance ratios are not 1.
+
+    The first takes its own log-probs for the old ones, which are the same bits: the result is that of a pass over all.
+    """
+    two = dict(global_batch_size=4, num_steps_per_rollout=2)
+    found = _trained(ranks, model, [ROLLOUT], **two)
     metrics = found["metrics"][0]
     assert metrics["train/ppo_kl"] != 0
-    assert "rollout/log_probs" in metrics
     assert metrics["train/step"] == 1
+    assert metrics["perf/log_probs_time"] > 0
+    whole = _trained(ranks, model, [ROLLOUT], **two, rollout_data_postprocess_path=f"{__name__}.reads_all")
+    assert "rollout/log_probs" in whole["metrics"][0]
+    assert all(torch.equal(found["weights"][name], tensor) for name, tensor in whole["weights"].items())
+    assert {name: value for name, value in whole["metrics"][0].items() if name.startswith("train/")} == {
+        name: value for name, value in metrics.items() if name.startswith("train/")
+    }
     once = _trained(ranks, model, [ROLLOUT])
-    assert "rollout/log_probs" not in once["metrics"][0], "one step needs no pass before it"
+    assert "perf/log_probs_time" not in once["metrics"][0], "one step needs no pass before it"
 
 
 def test_samples_without_response_or_trained_token_change_nothing_but_the_divisor(ranks: RankPool, model: Path) -> None:
