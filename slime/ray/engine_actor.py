@@ -2,8 +2,9 @@
 
 import os
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import ray
 
@@ -42,18 +43,20 @@ class EngineActor(Pulse):
         self._args, self._spec = args, spec
         self._process: ServerProcess | None = None
 
-    def start(self, first: EngineSpec | None = None) -> EngineSpec:
+    def start(self, overrides: Mapping[str, Any], first: EngineSpec | None = None) -> EngineSpec:
         """Start the server, again if it ran before; returns the spec with the host and port it was given.
 
         Does not wait until it is healthy.
 
         Args:
+            overrides: SGLang's server arguments that this start needs besides the spec's, by field name.
             first: what `start` returned on the engine's first node; None there.
         """
         if self._process is not None:
             self._process.terminate(_KILL_TIMEOUT_S)
         host = "127.0.0.1" if self._spec.device == "cpu" else ray.util.get_node_ip_address()
         self._spec = replace(self._spec, host=host, port=free_port(host), nccl_port=free_port(host))
+        self._spec = replace(self._spec, overrides={**self._spec.overrides, **overrides})
         if self._spec.num_nodes > 1:
             meeting = first.dist_address if first is not None else f"{host}:{free_port(host)}"
             self._spec = replace(self._spec, dist_address=meeting)

@@ -17,6 +17,7 @@ from slime.backends.sglang.client import SGLangClient
 from slime.observability.run_status import ProcessInfo
 from slime.ray import cluster
 from slime.ray.engine_actor import EngineActor, EngineRecord
+from slime.ray.engine_specs import keeps_its_size, same_size
 from slime.ray.external import external_name, find_external
 from slime.ray.liveness import THREADS, Liveness
 from slime.ray.waiting import wait_for
@@ -105,6 +106,8 @@ class OwnEngine(EnginePlace):
         self._args, self._parts, self._devices, self._liveness = args, specs, devices, liveness
         self._actors = [self._place(part) for part in specs]
         self._starting: Any = None
+        self._size: dict[str, Any] = {}
+        """How a later start says the size of the first; empty where memory is free then as it was."""
 
     def begin(self) -> None:
         lost = self._liveness.lost()
@@ -112,15 +115,17 @@ class OwnEngine(EnginePlace):
             if _owner(part) in lost:
                 self._liveness.kill(_owner(part))
                 self._actors[index] = self._place(part)
-        self._starting = self._actors[0].start.remote()
+        self._starting = self._actors[0].start.remote(self._size)
         for actor in self._actors[1:]:
-            actor.start.remote(self._starting)
+            actor.start.remote(self._size, self._starting)
 
     def wait_until_healthy(self) -> None:
         timeout_s = _START_TIMEOUT_S[self._args.rollout_engine]
         (self.spec,) = wait_for({self.name: self._starting}, "start", timeout_s)
         wait_for({self.name: self._actors[0].wait_until_healthy.remote(timeout_s)}, "answer", timeout_s + 30)
         self._serves(self._args.rollout_engine)
+        if keeps_its_size(self._args) and not self._size:
+            self._size = same_size(SGLangClient(self.spec.url, self.name).cache_tokens())
 
     def find_out(self) -> None:
         lost = self._liveness.lost()

@@ -3,9 +3,27 @@
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from slime.backends.base import EngineSpec
 from slime.config.engine_groups import EngineGroup
+
+_RESTART_FRACTION = 0.9
+"""Of what is free beside a resident trainer: a bound that does not bind, with a tenth left for graphs."""
+
+
+def keeps_its_size(args: Namespace) -> bool:
+    """Whether an engine that is started again finds a trainer on its GPU that stays there.
+
+    SGLang's share (`--mem-fraction-static`) is of what is free when it starts, which was the whole GPU the first time.
+    """
+    shares = args.device == "cuda" and args.rollout_engine == "sglang" and bool(args.colocate)
+    return shares and not args.offload_train
+
+
+def same_size(cache_tokens: int) -> dict[str, Any]:
+    """SGLang's server arguments for an engine with room for as many tokens, however much of its GPU is taken."""
+    return {"max_total_tokens": cache_tokens, "mem_fraction_static": _RESTART_FRACTION}
 
 
 def engine_specs(args: Namespace, device_ids: Sequence[int], weights_dir: Path) -> list[list[EngineSpec]]:

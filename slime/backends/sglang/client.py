@@ -56,6 +56,14 @@ class SGLangClient:
     def server_info(self) -> dict[str, Any]:
         return self._get_json("/server_info")
 
+    def cache_tokens(self) -> int:
+        """Tokens for whose keys and values it has room."""
+        info = self.server_info()
+        try:
+            return int(info["max_total_num_tokens"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise self._error("GET /server_info", f"200 without max_total_num_tokens: {str(info)[:200]}") from error
+
     def num_requests(self) -> int:
         """Requests running or waiting."""
         load = self._get_json("/v1/loads", {"include": "core"})

@@ -103,6 +103,14 @@ def test_requests_are_counted_over_ranks(fake_engine, client):
     assert client.num_requests() == 7
 
 
+def test_room_for_tokens_is_what_server_info_says(fake_engine, client):
+    fake_engine.replies["/server_info"] = (200, {"max_total_num_tokens": 20000, "internal_states": [{}]})
+    assert client.cache_tokens() == 20000
+    fake_engine.replies["/server_info"] = (200, {})
+    with pytest.raises(EngineError, match=r"engine 7 .*GET /server_info: 200 without max_total_num_tokens"):
+        client.cache_tokens()
+
+
 def test_the_version_is_what_model_info_says(fake_engine, client):
     fake_engine.replies["/model_info"] = (200, {"weight_version": "12"})
     assert client.weight_version() == "12"
