@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from slime.config.config import Config
 from slime.config.errors import ConfigError
 
+USUAL_RESPONSE_LEN = 1024
+"""Tokens of the longest response where neither it nor the context's length is given."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -19,6 +22,12 @@ class Batch:
     def samples(self) -> int:
         """Responses of one rollout."""
         return self.rollout_batch_size * self.n_samples_per_prompt
+
+
+def longest_response(config: Config) -> int:
+    """--rollout-max-response-len, or what stands in for it: a request then ends at --rollout-max-context-len."""
+    rollout = config.rollout
+    return rollout.rollout_max_response_len or rollout.rollout_max_context_len or USUAL_RESPONSE_LEN
 
 
 def batch_arithmetic(config: Config) -> Batch:

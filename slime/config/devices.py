@@ -178,10 +178,9 @@ def _num_engines(config: Config, rollout: int, groups: tuple[EngineGroup, ...]) 
     if config.engine.sglang_config is not None:
         return sum(group.num_engines for group in groups)
     if rollout % size:
-        fits = f"{rollout - rollout % size} or {rollout + size - rollout % size}"
+        fits = " or ".join(str(n) for n in (rollout - rollout % size, rollout + size - rollout % size) if n)
         raise ConfigError(
-            f"--rollout-num-gpus {rollout} is not a multiple of --rollout-num-gpus-per-engine {size}; "
-            f"the nearest that are: {fits}"
+            f"--rollout-num-gpus {rollout} is not a multiple of --rollout-num-gpus-per-engine {size}; use {fits}"
         )
     return rollout // size
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from slime.config.batches import Batch
+from slime.config.batches import Batch, longest_response
 from slime.config.config import Config
 from slime.config.devices import Parallel, Placement
 from slime.config.model_shape import count_parameters
@@ -19,6 +19,7 @@ _ENGINE_MAX = 0.5
 _ENGINE_MIN = 0.15
 _UNCOUNTED_BYTES = 12 * GIB  # two CUDA contexts, NCCL's and cuBLAS's buffers, the engine's graphs and its activations
 _MARGIN = 1.3  # of what training allocates over what its tensors sum up to: fragments, and temporaries of the backward
+_USUAL_PROMPT_LEN = 1024
 _CHUNK_TOKENS = 4096  # tokens whose logits are made at a time
 _KEPT_LOGITS = 1 / 24  # of a GPU, at most, for logits that wait for the backward pass
 _TOO_LARGE = (
@@ -112,7 +113,7 @@ def trainer_memory(config: Config, parallel: Parallel, batch: Batch, values: Map
 
 def _micro_batch_tokens(config: Config, batch: Batch) -> int:
     r = config.rollout
-    longest = r.rollout_max_context_len or (r.rollout_max_response_len or 1024) + (r.rollout_max_prompt_len or 1024)
+    longest = r.rollout_max_context_len or longest_response(config) + (r.rollout_max_prompt_len or _USUAL_PROMPT_LEN)
     if config.batch.use_dynamic_batch_size and config.batch.max_tokens_per_gpu:
         return max(config.batch.max_tokens_per_gpu, longest)
     return longest * (config.batch.micro_batch_size or 1)

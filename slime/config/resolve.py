@@ -1,8 +1,9 @@
 """From a configuration to a plan: the one place where values are derived, defaulted and edited. Pure."""
 
+import dataclasses
 from typing import Any
 
-from slime.config.batches import Batch, batch_arithmetic, check_micro_batches
+from slime.config.batches import Batch, batch_arithmetic, check_micro_batches, longest_response
 from slime.config.config import Config
 from slime.config.devices import (
     Choice,
@@ -212,13 +213,19 @@ def _eval_updates(config: Config, interval: int | None) -> dict[str, Any]:
     e, rollout = config.eval, config.rollout
     context = rollout.rollout_max_context_len
     prompt = rollout.rollout_max_prompt_len
+    length = longest_response(config)
+    datasets = [
+        dataclasses.replace(d, max_response_len=length) if d.max_response_len is None else d
+        for d in config.eval_datasets
+    ]
     return {
-        "eval_datasets": list(config.eval_datasets),
+        "eval_datasets": datasets,
         "eval_prompt_data": [word for d in config.eval_datasets for word in (d.name, d.path)] or None,
         "eval_interval": interval,
         "eval_function_path": e.eval_function_path or _default_eval_function(config),
         "eval_reward_key": e.eval_reward_key or config.reward.reward_key,
         "eval_max_context_len": e.eval_max_context_len or context,
+        "rollout_max_response_len": length,
         "rollout_max_prompt_len": prompt if prompt is not None or context is None else context - 1,
     }
 
@@ -299,7 +306,14 @@ def _notes(config: Config, p: Placement, engine: str, batch: Batch) -> list[str]
             f"{p.num_engines} engine(s) with 1 thread leave {p.cores - p.num_engines} core(s) idle while generating; "
             f"--rollout-num-gpus {p.cores} uses all"
         )
-    interval = config.weight_sync.update_weights_interval
+    sync = config.weight_sync
+    files = ("update_weight_disk_dir", "update_weight_disk_keep_files")
+    notes += [
+        f"--{dest.replace('_', '-')} has no effect without --update-weight-transport disk"
+        for dest in files
+        if dest in config.given and sync.update_weight_transport != "disk"
+    ]
+    interval = sync.update_weights_interval
     if p.offload_rollout and interval > 1:
         notes.append(
             f"--update-weights-interval {interval}: weights go out every rollout: engines that gave their memory back "
@@ -309,6 +323,9 @@ def _notes(config: Config, p: Placement, engine: str, batch: Batch) -> list[str]
         notes.append(
             f"--async-buffer-size {config.asynchronous.async_buffer_size} has no effect in train.py: use train_async.py"
         )
+    lengths = (config.rollout.rollout_max_response_len, config.rollout.rollout_max_context_len)
+    if lengths == (None, None) and p.num_engines:
+        notes.append(f"--rollout-max-response-len: {longest_response(config)} tokens where it is not given")
     if config.eval.eval_interval and not config.eval_datasets:
         notes.append("--eval-interval without --eval-prompt-data or --eval-config: there is no evaluation")
     if a.kl_loss_coef and not a.use_kl_loss:

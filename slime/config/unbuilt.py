@@ -102,6 +102,12 @@ def nothing_unbuilt_is_asked_for(args: Namespace) -> None:
 _SECRET = {"router_api_key"}
 
 
+_SGLANG_DTYPES = {
+    "bf16": ("auto", "bfloat16"), "fp16": ("auto", "half", "float16"), "fp32": ("auto", "float", "float32"),
+}  # fmt: skip
+"""SGLang's names of the trainer's number format; `auto` is the one that slime passes on by itself."""
+
+
 def _of_the_devices(args: Namespace) -> Iterator[str]:
     """What is not built on the devices that the plan chose."""
     plan = args.plan
@@ -114,6 +120,18 @@ def _of_the_devices(args: Namespace) -> Iterator[str]:
                 yield (
                     f"--{flag.replace('_', '-')} is not built yet where weights are synced: the digests that "
                     "prove them are foretold for tensor parallel engines alone; leave it out"
+                )
+        dtype = getattr(args, "sglang_dtype", None)
+        if dtype not in (None, *_SGLANG_DTYPES[plan.dtype.value]):
+            yield (
+                f"--sglang-dtype {dtype} is not built yet beside a trainer in {plan.dtype.value}: the digests that prove "
+                "the weights are of the trainer's own; leave it out"
+            )
+        for flag in ("sglang_quantization", "sglang_torchao_config", "sglang_modelopt_quant"):
+            if value := getattr(args, flag, None):
+                yield (
+                    f"--{flag.replace('_', '-')} {value} is not built yet where weights are synced: the digests that "
+                    "prove them are of the weights as they are trained; leave it out"
                 )
     if plan.device.value == "cuda":
         if p.colocate and p.rollout_num_gpus > p.world_size:

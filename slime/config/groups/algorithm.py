@@ -111,8 +111,8 @@ class RewardConfig:
     """Reward."""
 
     rm_type: str | None = None
-    """Built-in reward: math, deepscaler, dapo, f1, gpqa, ifbench, remote_rm, random; `boxed_` in front grades only
-    the boxed answer. A row's metadata may name its own."""
+    """Built-in reward: math, deepscaler, dapo, answer_tag, last_number, f1, gpqa, ifbench, reasoning_gym:TASK,
+    remote_rm, random; `boxed_` in front grades only the boxed answer. A row's metadata may name its own."""
     rm_url: str | None = None
     """Address of the reward server (remote_rm)."""
     rm_model_path: str | None = None

@@ -29,7 +29,7 @@ class RolloutConfig:
     rollout_max_prompt_len: int | None = None
     """Prompts longer than this many tokens are left out. Default: --rollout-max-context-len minus 1."""
     rollout_max_response_len: int | None = None
-    """Longest response, in tokens."""
+    """Longest response, in tokens. Default: what --rollout-max-context-len leaves, else 1024."""
     rollout_skip_special_tokens: bool = False
     """Leave special tokens out of the response text."""
     rollout_stop: list[str] | None = None

@@ -3,13 +3,14 @@
 from collections.abc import Callable
 from typing import Any
 
-from slime.config.rules import algorithm, engines, parallel, profiling, ranges, required, weights
+from slime.config.rules import algorithm, engines, parallel, profiling, ranges, required, servers, weights
 
 RULES: tuple[Callable[[Any], None], ...] = (
     *required.RULES,
     *ranges.RULES,
     *algorithm.RULES,
     *engines.RULES,
+    *servers.RULES,
     *parallel.RULES,
     *weights.RULES,
     *profiling.RULES,

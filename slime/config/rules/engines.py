@@ -4,6 +4,7 @@ import re
 from urllib.parse import urlsplit
 
 from slime.config.config import Config
+from slime.config.devices import choose_device
 from slime.config.errors import ConfigError
 
 
@@ -32,6 +33,19 @@ def asynchronous_does_not_colocate(config: Config) -> None:
         raise ConfigError(
             "--colocate lets generation and training take turns, but train_async.py runs them together; "
             "drop --colocate or use train.py"
+        )
+
+
+def engines_generate_while_training_runs(config: Config) -> None:
+    """In the asynchronous loop there is no phase in which engines could do without their memory."""
+    cluster = config.cluster
+    flag = "--offload" if cluster.offload else "--offload-rollout"
+    if config.loop == "async" and not cluster.colocate and (cluster.offload or cluster.offload_rollout):
+        if config.is_fully_async or config.skips_engines:
+            return  # another rule says so, or no engine is there
+        raise ConfigError(
+            f"{flag} takes the engines' memory while training runs, and train_async.py generates then; drop it, or use "
+            "train.py"
         )
 
 
@@ -70,6 +84,16 @@ def what_is_waited_for_stays_in_flight(config: Config) -> None:
         raise ConfigError(
             "--stale-samples wait cannot bound the age of --partial-rollout's groups, which are not in flight between "
             "rollouts; use discard or mask"
+        )
+
+
+def nodes_have_the_devices(config: Config) -> None:
+    """As many trainer ranks are on a node as it has GPUs, at most."""
+    ranks, devices = config.cluster.actor_num_gpus_per_node, config.cluster.num_gpus_per_node
+    if choose_device(config).value == "cuda" and ranks > devices and not config.debug.debug_rollout_only:
+        raise ConfigError(
+            f"--actor-num-gpus-per-node {ranks} is more than the devices of a node, --num-gpus-per-node {devices}; "
+            f"type --num-gpus-per-node {ranks} if a node has so many, else use more nodes (--actor-num-nodes)"
         )
 
 
@@ -192,9 +216,11 @@ RULES = (
     device_exists,
     sglang_is_installed,
     asynchronous_does_not_colocate,
+    engines_generate_while_training_runs,
     groups_in_flight_keep_their_engines,
     overlap_is_not_deterministic,
     what_is_waited_for_stays_in_flight,
+    nodes_have_the_devices,
     debug_modes_exclude_each_other,
     dumps_do_not_overwrite_each_other,
     pipeline_divides_the_engine,

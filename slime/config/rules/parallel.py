@@ -115,21 +115,64 @@ def one_half_precision(config: Config) -> None:
         raise ConfigError("--fp16: CPUs train in bf16 or fp32; drop the flag (the plan says which is taken and why)")
 
 
-def full_recomputation_is_complete(config: Config) -> None:
-    """Full recomputation says how it forms its blocks of layers."""
+def recomputation_is_complete(config: Config) -> None:
+    """--recompute-granularity says whether anything is recomputed; each of the others belongs to one of its values."""
     megatron = config.megatron
-    if megatron.get("recompute_granularity") != "full":
+    full = ("recompute_method", "recompute_num_layers")
+    given = [dest for dest in full if megatron.get(dest) is not None]
+    granularity = megatron.get("recompute_granularity")
+    if granularity is None and megatron.get("recompute_activations"):
+        granularity = "selective"
+    if granularity != "full" and given:
+        raise ConfigError(
+            f"{' and '.join(map(_flag, given))} recomputes nothing without --recompute-granularity full; add that, or "
+            f"drop {'it' if len(given) == 1 else 'them'}"
+        )
+    if granularity != "selective" and "recompute_modules" in config.given:
+        raise ConfigError(
+            "--recompute-modules recomputes nothing without --recompute-granularity selective; "
+            f"{'drop it' if granularity == 'full' else 'add that'}"
+        )
+    if granularity != "full":
         return
     lacks = [
         text
-        for dest, text in (
-            ("recompute_method", "--recompute-method uniform"),
-            ("recompute_num_layers", "--recompute-num-layers 1"),
-        )
+        for text, dest in (("--recompute-method uniform", full[0]), ("--recompute-num-layers 1", full[1]))
         if megatron.get(dest) is None
     ]
     if lacks:
         raise ConfigError(f"--recompute-granularity full needs {' and '.join(lacks)}; add that")
+    _check_recomputed_layers(config, megatron["recompute_method"], megatron["recompute_num_layers"])
+
+
+def _check_recomputed_layers(config: Config, method: str, number: int) -> None:
+    """Uniform blocks fill a stage evenly: Megatron would run beyond its last layer, or for ever with 0."""
+    if number < 1:
+        raise ConfigError(f"--recompute-num-layers is {number}; it must be at least 1, e.g. --recompute-num-layers 1")
+    uneven = [share for share in _layers_of_stages(config) if share % number]
+    if method == "uniform" and uneven:
+        fits = max(d for d in range(1, number + 1) if all(share % d == 0 for share in _layers_of_stages(config)))
+        raise ConfigError(
+            f"--recompute-num-layers {number} with --recompute-method uniform does not divide the {uneven[0]} layers "
+            f"of a pipeline stage; use {fits}"
+        )
+
+
+def _layers_of_stages(config: Config) -> list[int]:
+    """Layers of each kind of pipeline stage, of its pieces where stages are interleaved; none if they are not known."""
+    megatron, layers = config.megatron, _shape(config, "num_layers")
+    stages = megatron.get("pipeline_model_parallel_size") or 1
+    if not layers or megatron.get("pipeline_model_parallel_layout"):
+        return []
+    if per_piece := megatron.get("num_layers_per_virtual_pipeline_stage"):
+        return [per_piece]
+    pieces = megatron.get("num_virtual_stages_per_pipeline_rank") or 1
+    pieces = megatron.get("virtual_pipeline_model_parallel_size") or pieces
+    ends = [megatron.get(f"decoder_{end}_pipeline_num_layers") for end in ("first", "last")]
+    given = [share for share in ends if share]
+    middle = stages - len(given)
+    shares = given + ([(layers - sum(given)) // middle] if middle > 0 else [])
+    return [share // pieces for share in shares]
 
 
 def learning_rates_are_ordered(config: Config) -> None:
@@ -169,7 +212,7 @@ RULES = (
     virtual_stages_take_equal_shares,
     context_parallel_gathers_sparse_attention_only,
     one_half_precision,
-    full_recomputation_is_complete,
+    recomputation_is_complete,
     learning_rates_are_ordered,
     one_warmup,
 )

@@ -40,6 +40,7 @@ paths
   checkpoints         /project/outputs/model-grpo-20260101-120000/checkpoints
 notes
                       1 engine(s) with 1 thread leave 1 core(s) idle while generating; --rollout-num-gpus 2 uses all
+                      --rollout-max-response-len: 1024 tokens where it is not given
 """
 
 

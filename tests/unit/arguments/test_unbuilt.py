@@ -51,8 +51,12 @@ GPUS = Machine(cores=64, num_gpus=8, has_sglang=True)
         (GPUS, "--device cuda --rollout-engine embedded --actor-num-gpus-per-node 1 --rollout-num-gpus 1",
          "--rollout-engine embedded .* --device cpu"),
         (GPUS, "--device cuda --actor-num-gpus-per-node 1 --rollout-num-gpus 1 --distributed-backend gloo", "use nccl"),
+        (GPUS, "--device cuda --colocate --actor-num-gpus-per-node 1 --sglang-dtype float16",
+         "--sglang-dtype float16 .* trainer in bf16"),
+        (GPUS, "--device cuda --colocate --actor-num-gpus-per-node 1 --sglang-quantization fp8",
+         "--sglang-quantization fp8 .* leave it out"),
     ],
-    ids=["no SGLang", "embedded on GPUs", "gloo on GPUs"],
+    ids=["no SGLang", "embedded on GPUs", "gloo on GPUs", "other weights", "quantised weights"],
 )  # fmt: skip
 def test_what_the_devices_cannot_do_yet_is_refused(
     machine: Machine, words: str, message: str, files: dict[str, str], monkeypatch: pytest.MonkeyPatch,
@@ -67,6 +71,8 @@ def test_what_the_devices_cannot_do_yet_is_refused(
     [
         (GPUS, "--device cuda --actor-num-gpus-per-node 4 --rollout-num-gpus 4"),
         (GPUS, "--device cuda --colocate --actor-num-gpus-per-node 4 --debug-train-only"),
+        (GPUS, "--device cuda --colocate --actor-num-gpus-per-node 1 --sglang-dtype bfloat16 --sglang-device cuda"),
+        (GPUS, "--device cuda --debug-rollout-only --rollout-num-gpus 1 --sglang-quantization fp8"),
         (GPUS, "--device cpu --colocate --actor-num-gpus-per-node 2"),
         (Machine(cores=8), "--device cpu --actor-num-nodes 2"),
         (Machine(cores=8, joins_cluster=True), "--device cpu --actor-num-nodes 2"),

@@ -55,7 +55,40 @@ def test_equal_configurations_give_equal_plans() -> None:
     assert resolve(asked) == resolve(asked)
 
 
+# ---- lengths ----
+
+
+@pytest.mark.parametrize(
+    ("lengths", "response"),
+    [
+        ({}, 1024),
+        ({"rollout_max_response_len": 7}, 7),
+        ({"rollout_max_context_len": 64}, 64),
+        ({"rollout_max_context_len": 64, "rollout_max_response_len": 7}, 7),
+    ],
+)
+def test_a_response_always_has_a_longest_length(lengths: dict[str, int], response: int) -> None:
+    """Where only the context is bounded, a request ends there; where nothing is, the plan says what was taken."""
+    tasks = (EvalDatasetConfig("a", "a.jsonl"), EvalDatasetConfig("b", "b.jsonl", max_response_len=5))
+    p = plan(eval_interval=1, eval_datasets=tasks, **lengths)
+    assert p.updates["rollout_max_response_len"] == response
+    assert [task.max_response_len for task in p.updates["eval_datasets"]] == [response, 5]
+    assert ("--rollout-max-response-len: 1024 tokens where it is not given" in p.notes) is (lengths == {})
+    assert tasks[0].max_response_len is None
+
+
 # ---- devices, engine, number format ----
+
+
+def test_a_node_that_has_fewer_gpus_than_ranks_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--actor-num-gpus-per-node 8 .* --num-gpus-per-node 4; .*--actor-num-nodes"):
+        plan(GPU_BOX, colocate=True, actor_num_gpus_per_node=8, num_gpus_per_node=4)
+
+
+def test_files_of_a_sync_that_uses_none_are_noted() -> None:
+    note = "--update-weight-disk-dir has no effect without --update-weight-transport disk"
+    assert note in plan(update_weight_disk_dir="w").notes
+    assert note not in plan(update_weight_disk_dir="w", update_weight_transport="disk").notes
 
 
 def test_a_laptop_takes_one_trainer_and_one_engine() -> None:
@@ -360,6 +393,30 @@ def test_fusions_that_need_a_gpu_are_off_on_the_cpu() -> None:
     p = plan(apply_rope_fusion=True)
     assert p.updates["apply_rope_fusion"] is False
     assert any("for GPUs only" in note for note in p.notes)
+
+
+@pytest.mark.parametrize(
+    ("stages", "more", "number", "fits"),
+    [
+        (1, {}, 4, True),
+        (2, {}, 4, False),
+        (2, {"num_virtual_stages_per_pipeline_rank": 2}, 2, False),
+        (2, {"num_layers_per_virtual_pipeline_stage": 1}, 1, True),
+        (2, {"decoder_first_pipeline_num_layers": 3}, 3, False),
+        (2, {"decoder_first_pipeline_num_layers": 3}, 1, True),
+    ],
+)
+def test_blocks_that_are_recomputed_fill_every_stage(
+    stages: int, more: dict[str, int], number: int, fits: bool
+) -> None:
+    """Four layers; Megatron's loop over blocks would leave a stage that is not a multiple of them."""
+    words = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": number} | more
+    asked = config(actor_num_gpus_per_node=2, pipeline_model_parallel_size=stages, **words)
+    if fits:
+        assert resolve(asked)
+        return
+    with pytest.raises(ConfigError, match=f"--recompute-num-layers {number} .* does not divide"):
+        resolve(asked)
 
 
 def test_selective_recomputation_has_a_short_form() -> None:
