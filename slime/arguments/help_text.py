@@ -2,10 +2,12 @@
 
 import textwrap
 
+from slime.arguments.megatron_check import built_words
 from slime.arguments.parser import table_flags
 from slime.config.flags import Flag, group_title, with_help
 from slime.config.groups import GROUPS
 from slime.config.rules.required import EXAMPLE
+from slime.config.unbuilt import unbuilt_words
 
 WIDTH = 110
 TITLES = {
@@ -49,8 +51,15 @@ def help_text(program: str, *, everything: bool) -> str:
 def describe(flag: Flag) -> list[str]:
     """A flag, what it takes and its default, and its text."""
     head = f"  {', '.join(flag.names)} {value_words(flag)}".rstrip()
-    text = flag.help + default_words(flag)
+    text = with_state(flag.help, flag) + default_words(flag)
     return [head, *textwrap.wrap(text, WIDTH, initial_indent=" " * 8, subsequent_indent=" " * 8)]
+
+
+def with_state(text: str, flag: Flag) -> str:
+    """A flag's text and what of the flag is refused because it is not built yet."""
+    is_megatrons = flag.dest in {other.dest for other in table_flags()["megatron"]}
+    state = unbuilt_words(flag) or (built_words(flag) if is_megatrons else "")
+    return text.rstrip(".") + "." + state if state else text
 
 
 def value_words(flag: Flag) -> str:

@@ -4,6 +4,7 @@ Megatron-core's dataclasses have some 300 fields. The trainer runs dense models 
 norm, attention and head, so that most of them reach nothing.
 """
 
+import functools
 from argparse import Namespace
 from typing import Any
 
@@ -92,10 +93,7 @@ def no_megatron_flag_is_ignored(args: Namespace) -> None:
         ConfigError: those that would do nothing, or something else.
     """
     problems = Problems()
-    own = {flag.dest for flag in slime_flags()}
-    fusions = {dest for dest in FUSIONS if not dest.startswith("moe_")}
-    noted = fusions | {"transformer_impl"}  # the plan's notes say so
-    seen = own | UNBUILT.keys() | _OBEYED | noted
+    seen = set(_accepted() | UNBUILT.keys())
     for flag in table("megatron"):
         if flag.dest in seen or flag.dest not in args.plan.given:
             continue
@@ -105,6 +103,28 @@ def no_megatron_flag_is_ignored(args: Namespace) -> None:
         if value not in (usual or (flag.default,)):
             problems.add(f"{_as_typed(flag, value)} is not built yet in slime's trainer: {_instead(flag, usual)}")
     problems.raise_if_any()
+
+
+def built_words(flag: Flag) -> str:
+    """What the help of a flag of Megatron's adds where the trainer takes no value, or some alone; else nothing."""
+    if flag.dest in _accepted() | UNBUILT.keys():
+        return ""
+    usual = AS_ALWAYS.get(flag.dest)
+    if flag.kind in ("switch_on", "switch_off"):
+        return "" if (flag.kind == "switch_on") in (usual or (flag.default,)) else " Not built yet."
+    if usual is None:
+        return " Not built yet."
+    if flag.kind == "on_or_off":
+        return f" Built: {_as_typed(flag, usual[0])}."
+    return f" Built: {', '.join(' '.join(value) if isinstance(value, list) else str(value) for value in usual)}."
+
+
+@functools.cache
+def _accepted() -> frozenset[str]:
+    """Dests whose every value is accepted: slime's own, those that are obeyed, and those that the plan notes."""
+    fusions = {dest for dest in FUSIONS if not dest.startswith("moe_")}
+    noted = fusions | {"transformer_impl"}
+    return frozenset({flag.dest for flag in slime_flags()} | _OBEYED | noted)
 
 
 def _as_typed(flag: Flag, value: Any) -> str:

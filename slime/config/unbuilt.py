@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from slime.config.errors import Problems
+from slime.config.flags import Flag
 
 _Test = Callable[[Any], bool]
 
@@ -80,6 +81,19 @@ UNBUILT: dict[str, tuple[_Test, str]] = {
 """Dest -> (whether a value asks for it, what to do instead)."""
 
 
+def unbuilt_words(flag: Flag) -> str:
+    """What the help of a flag adds where some of its values, or all but its default, are refused; else nothing."""
+    if flag.dest not in UNBUILT:
+        return ""
+    is_refused = UNBUILT[flag.dest][0]
+    values = [choice for choice in flag.choices or () if choice != flag.default]
+    refused = [str(choice) for choice in values if is_refused(choice)]
+    if len(refused) < len(values):
+        return f" Not built yet: {', '.join(refused)}." if refused else ""
+    has_default = not flag.is_switch and flag.default not in (None, [], {})
+    return f" Not built yet: anything but {flag.default}." if has_default else " Not built yet."
+
+
 def nothing_unbuilt_is_asked_for(args: Namespace) -> None:
     """Every flag that was given does something, and what was asked for together works together.
 
@@ -124,8 +138,8 @@ def _of_the_devices(args: Namespace) -> Iterator[str]:
         dtype = getattr(args, "sglang_dtype", None)
         if dtype not in (None, *_SGLANG_DTYPES[plan.dtype.value]):
             yield (
-                f"--sglang-dtype {dtype} is not built yet beside a trainer in {plan.dtype.value}: the digests that prove "
-                "the weights are of the trainer's own; leave it out"
+                f"--sglang-dtype {dtype} is not built yet beside a trainer in {plan.dtype.value}: the digests that "
+                "prove the weights are of the trainer's own; leave it out"
             )
         for flag in ("sglang_quantization", "sglang_torchao_config", "sglang_modelopt_quant"):
             if value := getattr(args, flag, None):

@@ -6,7 +6,7 @@ from slime.config.devices import choose_device
 from slime.config.errors import ConfigError, Problems
 
 _DECIDED = {
-    "sglang_host": "servers listen on loopback, or on their node's address in a cluster (docs/security.md); leave it out",
+    "sglang_host": "servers listen on loopback, in a cluster on their node's address (docs/security.md); leave it out",
     "router_prometheus_host": "the router's metrics are where the router listens; leave it out",
     "router_prometheus_port": "the router's metrics get a free port; leave it out",
     "router_request_timeout_secs": "type --sglang-router-request-timeout-secs, which slime's own requests obey too",

@@ -3,13 +3,17 @@
 import ast
 import pathlib
 import re
+from argparse import Namespace
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import pytest
 
 from slime.arguments import parse_args
+from slime.arguments.help_text import with_state
+from slime.arguments.megatron_check import no_megatron_flag_is_ignored
 from slime.arguments.parser import slime_flags, table_flags
-from slime.config import Machine
+from slime.config import ConfigError, Machine
 from slime.config.eval_datasets import FALLBACKS
 from slime.config.groups import GROUPS
 from slime.config.unbuilt import UNBUILT
@@ -97,6 +101,39 @@ def test_every_refused_name_is_a_flag_with_that_spelling() -> None:
     flags = [*slime_flags(), *(flag for flags in table_flags().values() for flag in flags)]
     spelt = {name for flag in flags if flag.dest in UNBUILT for name in flag.names}
     assert {"--" + dest.replace("_", "-") for dest in UNBUILT} <= spelt
+
+
+@pytest.mark.parametrize(
+    ("dest", "words"),
+    [
+        ("streaming_data", "Not built yet."),
+        ("advantage_estimator", "Not built yet: ppo."),
+        ("rollout_top_p", "Not built yet: anything but 1.0."),
+        ("context_parallel_size", "Not built yet: anything but 1."),
+        ("moe_router_topk", "Not built yet."),
+        ("attention_backend", "Built: auto, flash, fused."),
+        ("recompute_modules", "Built: core_attn, mlp, core_attn mlp."),
+        ("swiglu", ""),
+        ("lr", ""),
+    ],
+)
+def test_the_help_says_what_is_not_built(dest: str, words: str) -> None:
+    flag = next(f for f in [*slime_flags(), *table_flags()["megatron"]] if f.dest == dest)
+    assert with_state("Text.", flag) == f"Text. {words}".strip()
+
+
+def test_the_help_of_every_megatron_flag_agrees_with_what_is_refused() -> None:
+    """A flag with a value that is not its default: refused if and only if the help says that it is not built."""
+    for flag in table_flags()["megatron"]:
+        if flag.dest in UNBUILT:
+            continue
+        value = {"switch_on": True, "switch_off": False, "on_or_off": not flag.default}.get(flag.kind, "something")
+        given = Namespace(plan=Namespace(given={flag.dest: value}))
+        says_so = with_state("", flag).strip(". ")
+        if says_so.startswith("Built:") and flag.kind == "on_or_off":
+            continue  # one of its two forms
+        with pytest.raises(ConfigError) if says_so else nullcontext():
+            no_megatron_flag_is_ignored(given)
 
 
 def test_no_default_is_refused() -> None:
