@@ -122,27 +122,3 @@ def test_nothing_of_one_persons_machine_is_in_the_repository(repository: Path) -
             if private.search(line)
         ]
     assert not found
-
-
-@pytest.mark.parametrize(
-    "document",
-    [
-        "README.md",
-        "CHANGELOG.md",
-        "docs/README.md",
-        "docs/quickstart.md",
-        "docs/troubleshooting.md",
-        "docs/architecture.md",
-        "docs/algorithms.md",
-        "docs/security.md",
-        "docs/performance.md",
-        "benchmarks/README.md",
-        "examples/quickstart/README.md",
-    ],
-)
-def test_links_between_documents_lead_somewhere(repository: Path, document: str) -> None:
-    source = repository / document
-    targets = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", source.read_text(encoding="utf-8"))
-    local = [target for target in targets if "://" not in target]
-    missing = [target for target in local if not (source.parent / target).exists()]
-    assert not missing
