@@ -47,6 +47,7 @@ UNBUILT: dict[str, tuple[_Test, str]] = {
     "keep_old_actor": (_is_on, "leave it out"),
     "rollout_data_transport": (_not("object-store"), "use object-store"),
     "router_api_key": (_is_on, "router and engines share one key; use --sglang-api-key"),
+    "router_control_plane_api_keys": (_is_on, "router and engines share one key; use --sglang-api-key"),
     "model_name": (_is_on, "the family of a model is read from its config.json; leave it out"),
     "rollout_top_p": (
         _not(1.0), "training needs the kept tokens of each step, which stock engines do not return; leave it at 1"

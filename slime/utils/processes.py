@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO
 
 from slime.utils import watchdog
+from slime.utils.api_key import ADMIN_VARIABLE, KEY_VARIABLE
 
 _POLL_S = 0.2
 _PROBE_TIMEOUT_S = 5.0
@@ -55,12 +56,14 @@ class ServerProcess:
             name: how errors call it, e.g. "engine 0".
             argv: its command line.
             env: its whole environment (start from `os.environ`).
-            log_path: receives its standard output and error; appended to, folders made.
+            log_path: receives its standard output and error; appended to, folders made. Only this user may read the
+                log of a server that has a key, which SGLang writes into it; what is quoted of it does not have the key.
         """
         self.name = name
         self.argv = list(argv)
         self.env = dict(env)
         self.log_path = Path(log_path)
+        self._keys = [key for variable in (KEY_VARIABLE, ADMIN_VARIABLE) if (key := self.env.get(variable))]
         self._process: subprocess.Popen[bytes] | None = None
         self._owner_alive: int | None = None
         self._owner_pid = os.getpid()
@@ -77,6 +80,8 @@ class ServerProcess:
         read_end, write_end = os.pipe()
         try:
             with self.log_path.open("ab") as log:
+                if self._keys:
+                    os.fchmod(log.fileno(), 0o600)
                 self._log_start = log.tell()
                 self._process = subprocess.Popen(
                     [sys.executable, "-I", "-S", watchdog.__file__, str(read_end), "--", *self.argv],
@@ -178,11 +183,14 @@ class ServerProcess:
             self._close_pipe()
 
     def log_tail(self, n: int = _TAIL_LINES) -> str:
-        """The last `n` lines that it wrote since its last start."""
+        """The last `n` lines that it wrote since its last start, without its keys."""
         if not self.log_path.exists():
             return ""
         with self.log_path.open("rb") as log:
-            return "\n".join(_last_lines(log, self._log_start, n))
+            tail = "\n".join(_last_lines(log, self._log_start, n))
+        for key in self._keys:
+            tail = tail.replace(key, "***")
+        return tail
 
     def _close_pipe(self) -> None:
         if self._owner_alive is not None and self._owner_alive in _pipes_of_this_process:

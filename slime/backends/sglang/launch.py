@@ -6,8 +6,9 @@ from argparse import Namespace
 from pathlib import Path
 
 from slime.backends.base import EngineSpec
+from slime.backends.sglang import server_main
 from slime.backends.sglang.pass_through import changed_flags, is_changed
-from slime.utils.api_key import admin_key, api_key
+from slime.utils.api_key import ADMIN_VARIABLE, KEY_VARIABLE, admin_key, api_key
 
 PYTHON_VARIABLE = "SLIME_SGLANG_PYTHON"
 """Environment variable: the interpreter that has SGLang, where it is not this one (a CPU test environment, say)."""
@@ -46,23 +47,21 @@ def server_command(args: Namespace, spec: EngineSpec) -> tuple[list[str], dict[s
     """Command line and whole environment of the SGLang server that `spec` describes.
 
     Values that slime knows come first (model, address, devices, seed, memory saver), then every `args.sglang_*` that
-    differs from SGLang's default.
+    differs from SGLang's default. Keys go by the environment (`server_main`).
     """
     args = Namespace(**(vars(args) | {f"sglang_{name}": value for name, value in spec.overrides.items()}))
-    argv = [os.environ.get(PYTHON_VARIABLE) or sys.executable, "-m", "sglang.launch_server"]
+    keys = {KEY_VARIABLE: api_key(args), ADMIN_VARIABLE: admin_key(args)}
+    start = [server_main.__file__] if any(keys.values()) else ["-m", "sglang.launch_server"]
+    argv = [os.environ.get(PYTHON_VARIABLE) or sys.executable, *start]
     argv += _from_spec(args, spec)
     argv += changed_flags(args, "sglang", without=_OURS)
-    if key := api_key(args):  # the stock server takes it only here, where other users of the machine can read it
-        argv += ["--api-key", key]
-    if admin := admin_key(args):
-        argv += ["--admin-api-key", admin]
     defaults = _CPU_DEFAULTS if spec.device == "cpu" else _gpu_defaults(args)
     if not is_changed(args, "sglang", "sglang_dtype"):
         argv += ["--dtype", spec.dtype]
     for dest, value in defaults.items():
         if not is_changed(args, "sglang", dest):
             argv += ["--" + dest.removeprefix("sglang_").replace("_", "-"), value]
-    return argv, _environment(spec)
+    return argv, _environment(spec) | {variable: key for variable, key in keys.items() if key}
 
 
 def shared_nccl_settings(args: Namespace) -> dict[str, str]:

@@ -94,5 +94,5 @@ def test_a_model_that_no_sync_fills_again_keeps_a_copy_of_its_weights() -> None:
 def test_keys_of_an_engine_are_those_of_the_run() -> None:
     given = args(regular(1, 1), sglang_api_key="k", sglang_admin_api_key="a")
     ((spec,),) = specs(given, 1)
-    command, _ = words(given, spec)
-    assert "--api-key k " in command and "--admin-api-key a " in command
+    _, env = words(given, spec)
+    assert (env["SLIME_API_KEY"], env["SLIME_ADMIN_API_KEY"]) == ("k", "a")

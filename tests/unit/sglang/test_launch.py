@@ -1,6 +1,7 @@
 """The command line of an SGLang server says what placement decided and what the user changed, and nothing else."""
 
 import json
+import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -150,10 +151,30 @@ def test_ranks_on_one_cpu_host_meet_on_loopback(monkeypatch):
     assert "GLOO_SOCKET_IFNAME" not in server_command(Namespace(), spec(host="10.0.0.7"))[1]
 
 
-def test_the_key_reaches_the_stock_server_once():
-    argv, _ = server_command(Namespace(sglang_api_key="secret"), spec())
-    assert argv.count("--api-key") == 1
-    assert argv[argv.index("--api-key") + 1] == "secret"
+def test_the_keys_of_a_stock_server_stand_in_its_environment_and_not_on_its_command_line():
+    argv, env = server_command(Namespace(sglang_api_key="-secret", sglang_admin_api_key="more"), spec())
+    assert not [word for word in argv if "secret" in word or "more" in word or "api-key" in word]
+    assert (env["SLIME_API_KEY"], env["SLIME_ADMIN_API_KEY"]) == ("-secret", "more")
+
+
+def test_a_stock_server_reads_its_keys_as_arguments_that_the_system_does_not_show(tmp_path):
+    """With a package in SGLang's place, in a folder that an interpreter without slime looks into."""
+    package = tmp_path / "sglang"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "launch_server.py").write_text(
+        "import json, os, pathlib, sys\n"
+        "shown = pathlib.Path('/proc/self/cmdline').read_text().split(chr(0))\n"
+        "keys = [name for name in os.environ if name.startswith('SLIME_')]\n"
+        "main = sys.modules['__main__'].__spec__.name  # what multiprocessing starts its children with\n"
+        "print(json.dumps([__name__, sys.argv[1:], shown[1:-1], keys, main]))\n"
+    )
+    argv, env = server_command(Namespace(sglang_api_key="-secret", sglang_admin_api_key="more"), spec())
+    reply = subprocess.run([argv[0], *argv[1:]], env=env, cwd=tmp_path, capture_output=True, text=True, check=True)
+    name, seen, shown, keys, main = json.loads(reply.stdout)
+    assert (name, main, keys) == ("__main__", "sglang.launch_server", [])
+    assert seen == [*argv[2:], "--api-key=-secret", "--admin-api-key=more"]
+    assert shown == argv[1:]
 
 
 def test_health_answers_while_an_engine_is_paused():

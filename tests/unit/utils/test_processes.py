@@ -227,3 +227,15 @@ def test_a_port_that_is_taken_is_not_free(monkeypatch):
     monkeypatch.setattr(processes._dice, "randrange", lambda *_: next(draws))
     with socket.create_server(("127.0.0.1", taken)):
         assert free_port() == free
+
+
+def test_the_log_of_a_server_with_a_key_is_its_users_and_quoted_without_the_key(tmp_path):
+    """SGLang writes all of its arguments into its log."""
+    env = {**os.environ, "SLIME_API_KEY": "secret", "SLIME_ADMIN_API_KEY": "more"}
+    code = "print(\"ServerArgs(api_key='secret', admin_api_key='more')\"); raise SystemExit(1)"
+    server = ServerProcess("engine 3", python(code), env, tmp_path / "server.log")
+    server.start()
+    with pytest.raises(ServerError) as failure:
+        server.wait_until_healthy(f"http://127.0.0.1:{free_port()}/health", 60)
+    assert str(failure.value).endswith("ServerArgs(api_key='***', admin_api_key='***')")
+    assert (tmp_path / "server.log").stat().st_mode & 0o777 == 0o600
