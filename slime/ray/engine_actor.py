@@ -1,6 +1,7 @@
 """The actor beside one engine: it owns the server process on the node where the engine's devices are."""
 
 import os
+import threading
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -42,18 +43,28 @@ class EngineActor(Pulse):
     def __init__(self, args: Namespace, spec: EngineSpec) -> None:
         self._args, self._spec = args, spec
         self._process: ServerProcess | None = None
+        self._start = 0
+        self._lock = threading.Lock()  # whoever starts or ends the server; calls come on several threads
 
-    def start(self, overrides: Mapping[str, Any], first: EngineSpec | None = None) -> EngineSpec:
+    def start(self, number: int, overrides: Mapping[str, Any], first: EngineSpec | None = None) -> EngineSpec:
         """Start the server, again if it ran before; returns the spec with the host and port it was given.
 
         Does not wait until it is healthy.
 
         Args:
+            number: of this start of the engine, by which `kill` knows what it is to end.
             overrides: SGLang's server arguments that this start needs besides the spec's, by field name.
             first: what `start` returned on the engine's first node; None there.
         """
-        if self._process is not None:
-            self._process.terminate(_KILL_TIMEOUT_S)
+        with self._lock:
+            if number <= self._start:
+                raise RuntimeError(f"Start {number} of {self._spec.name} came after start {self._start}.")
+            self._start = number
+            if self._process is not None:
+                self._process.terminate(_KILL_TIMEOUT_S)
+            return self._start_server(overrides, first)
+
+    def _start_server(self, overrides: Mapping[str, Any], first: EngineSpec | None) -> EngineSpec:
         host = "127.0.0.1" if self._spec.device == "cpu" else ray.util.get_node_ip_address()
         self._spec = replace(self._spec, host=host, port=free_port(host), nccl_port=free_port(host))
         self._spec = replace(self._spec, overrides={**self._spec.overrides, **overrides})
@@ -72,8 +83,8 @@ class EngineActor(Pulse):
         self._started().wait_until_healthy(f"{self._spec.url}/health", timeout_s)
 
     def how_it_ended(self) -> str | None:
-        """None while the server runs; else how and when it ended, and its last log lines."""
-        return self._started().how_it_ended()
+        """None while the server runs and before it does; else how and when it ended, and its last log lines."""
+        return None if self._process is None else self._process.how_it_ended()
 
     def log_tail(self) -> str:
         """The server's last lines."""
@@ -85,14 +96,17 @@ class EngineActor(Pulse):
         server = self._process.server_pid if self._process is not None else None
         return [owner] if server is None else [ProcessInfo(self._spec.name, "engine", server), owner]
 
-    def kill(self) -> None:
-        """End the server at once, also where it is stopped."""
-        self._started().terminate(_KILL_TIMEOUT_S)
+    def kill(self, number: int) -> None:
+        """End the server of this start at once, also where it is stopped; a later one stays."""
+        with self._lock:
+            if self._process is not None and number == self._start:
+                self._process.terminate(_KILL_TIMEOUT_S)
 
     def stop(self) -> None:
         """Ask the server to end, and make it."""
-        if self._process is not None:
-            self._process.terminate(_STOP_TIMEOUT_S)
+        with self._lock:
+            if self._process is not None:
+                self._process.terminate(_STOP_TIMEOUT_S)
 
     def _started(self) -> ServerProcess:
         if self._process is None:

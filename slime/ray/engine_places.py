@@ -1,6 +1,8 @@
 """Places of engines: what runs in one may be lost and replaced; its name and devices stay."""
 
 import contextlib
+import logging
+import threading
 import time
 from argparse import Namespace
 from collections.abc import Callable
@@ -23,10 +25,15 @@ from slime.ray.liveness import THREADS, Liveness
 from slime.ray.waiting import wait_for
 from slime.weight_sync.base import EngineError
 
+logger = logging.getLogger(__name__)
+
 _DEVICE_SHARE = 0.2  # of a device; a trainer on the same device takes more
 _START_TIMEOUT_S = {"embedded": 300.0, "sglang": 900.0}
 _ASK_TIMEOUT_S = 5.0
 _EXTERNAL_TIMEOUT_S = 300.0  # in which whoever started an engine elsewhere may start it again
+_GRACE_S = 30.0  # for the owner to say that its server was late
+_TELL_EVERY_S = 30.0
+_TOLD_CHARS = 200
 _POLL_S = 0.5
 
 
@@ -43,6 +50,8 @@ class EnginePlace:
     """How what runs here was lost; None while it serves."""
     gave_back: set[str] = field(default_factory=set)
     """The kinds of memory that it does not hold now; what is started anew holds all."""
+    num_starts: int = 0
+    """How often it was begun. Who finds it silent means one of them, and may be late."""
 
     @property
     def name(self) -> str:
@@ -69,8 +78,8 @@ class EnginePlace:
     def find_out(self) -> None:
         """Set `death` if what runs here is known to have ended."""
 
-    def kill(self, reason: str) -> None:
-        """It is silent: end it, and say so in `death`."""
+    def kill(self, reason: str, start: int) -> None:
+        """It is silent: end it, and say so in `death`; nothing if another than this start of it serves by now."""
         raise NotImplementedError
 
     def processes(self) -> list[ProcessInfo]:
@@ -105,7 +114,8 @@ class OwnEngine(EnginePlace):
         super().__init__(specs[0])
         self._args, self._parts, self._devices, self._liveness = args, specs, devices, liveness
         self._actors = [self._place(part) for part in specs]
-        self._starting: Any = None
+        self._starting: list[Any] = []
+        self._lock = threading.Lock()  # of `death` and `num_starts`, while somebody finds it silent
         self._size: dict[str, Any] = {}
         """How a later start says the size of the first; empty where memory is free then as it was."""
 
@@ -115,43 +125,70 @@ class OwnEngine(EnginePlace):
             if _owner(part) in lost:
                 self._liveness.kill(_owner(part))
                 self._actors[index] = self._place(part)
-        self._starting = self._actors[0].start.remote(self._size)
-        for actor in self._actors[1:]:
-            actor.start.remote(self._size, self._starting)
+        with self._lock:
+            self.num_starts += 1
+        told = (self.num_starts, self._size)
+        first = self._actors[0].start.remote(*told)
+        self._starting = [first, *(actor.start.remote(*told, first) for actor in self._actors[1:])]
 
     def wait_until_healthy(self) -> None:
         timeout_s = _START_TIMEOUT_S[self._args.rollout_engine]
-        (self.spec,) = wait_for({self.name: self._starting}, "start", timeout_s)
-        wait_for({self.name: self._actors[0].wait_until_healthy.remote(timeout_s)}, "answer", timeout_s + 30)
+        starting = {part.name: ref for part, ref in zip(self._parts, self._starting, strict=True)}
+        self._parts = wait_for(starting, "start", timeout_s)
+        self.spec = self._parts[0]
+        answer = self._actors[0].wait_until_healthy.remote(timeout_s)
+        began_s = told_s = time.monotonic()
+        while not ray.wait([answer], timeout=_POLL_S)[0]:
+            if (how := self._how_it_ended(self._parts[1:])) is not None:
+                raise EngineError(how)  # the first node waits for the others until it times out
+            waited_s = time.monotonic() - began_s
+            if waited_s > timeout_s + _GRACE_S:
+                raise EngineError(f"Waited {waited_s:.0f} s for {self.name} ({self.spec.url}) and its owner to answer.")
+            if time.monotonic() - told_s > _TELL_EVERY_S:
+                told_s = time.monotonic()
+                logger.info("%s has been starting for %.0f s; its log says: %s", self.name, waited_s, self._last_line())
+        wait_for({self.name: answer}, "answer", _ASK_TIMEOUT_S)
         self._serves(self._args.rollout_engine)
         if keeps_its_size(self._args) and not self._size:
             self._size = same_size(SGLangClient(self.spec.url, self.name).cache_tokens())
 
     def find_out(self) -> None:
-        lost = self._liveness.lost()
-        for part in self._parts:
-            if _owner(part) in lost:
-                self.death = f"{part.name} ended with its owner: {lost[_owner(part)]}"
+        if self.record is not None and (how := self._how_it_ended(self._parts)) is not None:
+            self.death = how
+
+    def kill(self, reason: str, start: int) -> None:
+        assert self.record is not None
+        death = f"{self.name} ({self.record.url}) {reason} and was killed."
+        with contextlib.suppress(RayError):  # whether or not its owner can still tell of its log
+            tail = ray.get(self._actors[0].log_tail.remote(), timeout=_ASK_TIMEOUT_S)
+            death = f"{death}\nLast lines of its log:\n{tail}"
+        with self._lock:
+            if self.num_starts != start or self.death is not None:
                 return
-        if self.record is None:
-            return
-        asked = {actor.how_it_ended.remote(): part for actor, part in zip(self._actors, self._parts, strict=True)}
-        answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=_ASK_TIMEOUT_S)
+            self.death = death
+        killing = [actor.kill.remote(start) for actor in self._actors]
+        ray.wait(killing, num_returns=len(killing), timeout=_ASK_TIMEOUT_S)
+
+    def _how_it_ended(self, parts: list[EngineSpec]) -> str | None:
+        """How one of its parts was lost; None if all are there."""
+        lost = self._liveness.lost()
+        for part in parts:
+            if _owner(part) in lost:
+                return f"{part.name} ended with its owner: {lost[_owner(part)]}"
+        actors = [self._actors[part.node_rank] for part in parts]
+        asked = {actor.how_it_ended.remote(): part for actor, part in zip(actors, parts, strict=True)}
+        answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=_ASK_TIMEOUT_S) if asked else ([], [])
         for ref in answered:
             with contextlib.suppress(RayError):  # its owner is gone: liveness tells
                 if (how := ray.get(ref)) is not None:
-                    self.death = f"{asked[ref].name} ({self.record.url}) {how}"
+                    return f"{asked[ref].name} ({asked[ref].url}) {how}"
+        return None
 
-    def kill(self, reason: str) -> None:
-        assert self.record is not None
-        death = f"{self.name} ({self.record.url}) {reason} and was killed."
-        self.death = death  # whether or not its owner can still tell of its log
+    def _last_line(self) -> str:
         with contextlib.suppress(RayError):
-            tail = ray.get(self._actors[0].log_tail.remote(), timeout=_ASK_TIMEOUT_S)
-            self.death = f"{death}\nLast lines of its log:\n{tail}"
-        for actor in self._actors:
-            with contextlib.suppress(RayError):
-                ray.get(actor.kill.remote(), timeout=_ASK_TIMEOUT_S)
+            tail = str(ray.get(self._actors[0].log_tail.remote(), timeout=_ASK_TIMEOUT_S))
+            return tail.rpartition("\n")[2].rpartition("\r")[2].strip()[:_TOLD_CHARS] or "(an empty line)"
+        return "(its owner does not answer)"
 
     def processes(self) -> list[ProcessInfo]:
         asked = {_owner(p): a.processes.remote() for p, a in zip(self._parts, self._actors, strict=True)}
@@ -204,6 +241,7 @@ class ExternalEngine(EnginePlace):
 
     def begin(self) -> None:
         """Whoever started it does so again."""
+        self.num_starts += 1
 
     def wait_until_healthy(self) -> None:
         client = SGLangClient(self.spec.url, self.name, timeout_s=_ASK_TIMEOUT_S)
@@ -222,5 +260,6 @@ class ExternalEngine(EnginePlace):
         self.spec = replace(self._find(), index=self.spec.index)
         self._serves("sglang")
 
-    def kill(self, reason: str) -> None:
-        self.death = f"{self.name} ({self.spec.url}) {reason}. slime did not start it, so its own log tells why."
+    def kill(self, reason: str, start: int) -> None:
+        if self.num_starts == start:
+            self.death = f"{self.name} ({self.spec.url}) {reason}. slime did not start it, so its own log tells why."

@@ -125,7 +125,7 @@ class Engines:
             self._watch_health(place)
 
     def _watch_health(self, place: EnginePlace) -> None:
-        give_up = partial(self._give_up, place)
+        give_up = partial(self._give_up, place, place.num_starts)
         self._health.watch(place.name, place.health_url, give_up)
         if self._args.rollout_engine == "sglang":
             # /health comes from SGLang's front process, however its scheduler is; this answer comes from the scheduler.
@@ -177,10 +177,10 @@ class Engines:
                     texts.append(place.death)
             return texts
 
-    def _give_up(self, place: EnginePlace, reason: str) -> None:
+    def _give_up(self, place: EnginePlace, start: int, reason: str) -> None:
         """It is silent: end it, so that whoever waits for it hears of it."""
         if place.death is None:
-            place.kill(reason)
+            place.kill(reason, start)
 
     def _withdraw(self, place: EnginePlace) -> None:
         self._health.forget(place.name)

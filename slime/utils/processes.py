@@ -6,6 +6,7 @@ Free of Ray and torch, so that tests and small tools can start an engine or a ro
 import contextlib
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -24,6 +25,9 @@ _POLL_S = 0.2
 _PROBE_TIMEOUT_S = 5.0
 _KILL_TIMEOUT_S = 5.0
 _TAIL_LINES = 30
+_ERROR_LINES = 200
+_ERROR_CHARS = 400
+_ERROR = re.compile(r"[A-Za-z_][\w.]*(Error|Exception)(: .*)?")  # the last line of Python's traceback, or its first
 
 _pipes_of_this_process: set[int] = set()
 """Write ends whose closing ends a server; never to be held open by a forked child."""
@@ -192,6 +196,11 @@ class ServerProcess:
             tail = tail.replace(key, "***")
         return tail
 
+    def _last_error(self) -> str:
+        """The last exception that it wrote of lately, whatever it wrote after that: many ranks end in many words."""
+        errors = [line for line in self.log_tail(_ERROR_LINES).splitlines() if _ERROR.fullmatch(line)]
+        return f" The last error in its log: {errors[-1][:_ERROR_CHARS]}" if errors else ""
+
     def _close_pipe(self) -> None:
         if self._owner_alive is not None and self._owner_alive in _pipes_of_this_process:
             _pipes_of_this_process.remove(self._owner_alive)
@@ -200,7 +209,9 @@ class ServerProcess:
 
     def _quoted_log(self) -> str:
         tail = self.log_tail()
-        return f"\nLast lines of {self.log_path}:\n{tail}" if tail else f" Its log {self.log_path} is empty."
+        if not tail:
+            return f" Its log {self.log_path} is empty."
+        return f"{self._last_error()}\nLast lines of {self.log_path}:\n{tail}"
 
 
 def free_port(host: str = "127.0.0.1") -> int:

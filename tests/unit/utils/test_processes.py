@@ -239,3 +239,17 @@ def test_the_log_of_a_server_with_a_key_is_its_users_and_quoted_without_the_key(
         server.wait_until_healthy(f"http://127.0.0.1:{free_port()}/health", 60)
     assert str(failure.value).endswith("ServerArgs(api_key='***', admin_api_key='***')")
     assert (tmp_path / "server.log").stat().st_mode & 0o777 == 0o600
+
+
+def test_the_error_of_a_server_that_ends_is_told_first_whatever_it_wrote_after_it(launch):
+    code = """
+print("Traceback (most recent call last):\\n  File ...\\ntorch.OutOfMemoryError: CUDA out of memory. Tried 2 GiB")
+for line in range(60): print(f"[rank {line}] frame #{line}: c10d::TCPStore::get")
+raise SystemExit(3)
+"""
+    server = launch(code)
+    with pytest.raises(ServerError) as failure:
+        server.wait_until_healthy("http://127.0.0.1:1/health", 60)
+    for text in (str(failure.value), server.how_it_ended()):
+        assert "torch.OutOfMemoryError: CUDA out of memory. Tried 2 GiB" in text.splitlines()[0]
+        assert text.endswith("[rank 59] frame #59: c10d::TCPStore::get")
