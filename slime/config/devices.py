@@ -124,6 +124,8 @@ def place(config: Config, device: Choice, engine: Choice) -> Placement:
             "--rollout-engine sglang"
         )
     num_engines = _num_engines(config, rollout, groups)
+    if config.machine.joins_cluster and device.value == "cuda":
+        _check_where_engines_begin(config, groups, 0 if colocate or debug.debug_rollout_only else nodes * per_node)
     ranks_here = per_node if config.machine.joins_cluster and device.value == "cuda" else nodes * per_node
     train_threads, rollout_threads = _threads(config, engine.value, ranks_here, num_engines)
     offload_train, offload_rollout = _offloads(config, colocate)
@@ -194,6 +196,25 @@ def _check_nodes(config: Config, groups: tuple[EngineGroup, ...]) -> None:
                 f"an engine of {size} devices does not fill nodes of --num-gpus-per-node {per_node}; give it "
                 f"{size - size % per_node} or {size + per_node - size % per_node}, or say how many devices a node has"
             )
+
+
+def _check_where_engines_begin(config: Config, groups: tuple[EngineGroup, ...], first: int) -> None:
+    """An engine lies on one node, or on whole nodes; `first` is the position of the first engine's first device."""
+    per_node = config.cluster.num_gpus_per_node
+    index = 0
+    for group in groups:
+        size = group.num_gpus_per_engine
+        for begin in range(first, first + group.num_engines * size, size):
+            if begin % per_node + min(size, per_node) > per_node:
+                raise ConfigError(
+                    f"engine {index} of {size} devices begins at device {begin % per_node} of a node, and would lie on "
+                    f"parts of two nodes of --num-gpus-per-node {per_node}: devices go to trainers first (unless "
+                    f"--colocate), then to engines, and {begin} come before it; make that a multiple of "
+                    f"{min(size, per_node)}, give engines fewer devices (--rollout-num-gpus-per-engine), or say how "
+                    "many devices a node has"
+                )
+            index += 1
+        first += group.num_gpus
 
 
 def _threads(config: Config, engine: str, ranks: int, engines: int) -> tuple[int, int]:

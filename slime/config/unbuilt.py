@@ -114,7 +114,7 @@ def nothing_unbuilt_is_asked_for(args: Namespace) -> None:
     problems.raise_if_any()
 
 
-_SECRET = {"router_api_key"}
+_SECRET = {"router_api_key", "router_control_plane_api_keys"}
 
 
 _SGLANG_DTYPES = {

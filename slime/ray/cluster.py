@@ -14,13 +14,14 @@ import ray
 
 import slime
 from slime.config import ConfigError
-from slime.utils.api_key import KEY_VARIABLE, api_key, take_api_key
+from slime.utils.api_key import ADMIN_VARIABLE, KEY_VARIABLE, admin_key, api_key, take_api_key
 
 logger = logging.getLogger(__name__)
 
 CPU_DEVICE = "cpu_device"
 """Ray's custom resource that counts devices where the CPU is the device."""
 
+LOOPBACK = "127.0.0.1"
 _JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by `ray job submit`: what the job was given with --runtime-env-json
 _ALSO_HANDED_ON = (
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO",
@@ -59,14 +60,38 @@ def _join(args: Namespace, address: str) -> None:
             f"RAY_ADDRESS={address} is where a cluster takes jobs, for `ray job submit -- python3 train.py ...`. To "
             "start the run from here, on a node of the cluster, give the cluster's own address: RAY_ADDRESS=HEAD:6379"
         )
-    if hasattr(args, "sglang_api_key"):
-        args.sglang_api_key = api_key(args)  # Ray shows an environment that is handed on; arguments it does not
+    # Ray shows an environment that is handed on; arguments it does not.
+    args.sglang_api_key, args.sglang_admin_api_key = api_key(args), admin_key(args)
     _check_that_it_answers(address)
     ray.init(
         log_to_driver=True,
         logging_level=logging.WARNING,
         runtime_env={"env_vars": environment_of_actors(os.environ)},
     )
+    _guard_servers(args)
+
+
+def _guard_servers(args: Namespace) -> None:
+    """Without a key of the user's, servers are not left open to the network: on a cluster of one node they stay on
+    loopback, on a larger one the run makes a key of its own."""
+    if args.device == "cpu" or api_key(args):
+        return
+    has_router_elsewhere = bool(getattr(args, "sglang_router_ip", None))  # which has to reach the engines
+    if sum(node["Alive"] for node in ray.nodes()) == 1 and not has_router_elsewhere:
+        args.stays_on_loopback = True
+        return
+    args.sglang_api_key = secrets.token_urlsafe(32)
+    take_api_key(args)
+    logger.info(
+        "Router and engines listen on their nodes' addresses: they ask for a key that this run made. Give one "
+        f"({KEY_VARIABLE}) to send requests of your own."
+    )
+
+
+def own_host(args: Namespace) -> str:
+    """The address of this node on which what runs here listens for other processes of the run."""
+    is_alone = args.device == "cpu" or getattr(args, "stays_on_loopback", False)
+    return LOOPBACK if is_alone else str(ray.util.get_node_ip_address())
 
 
 def _check_that_it_answers(address: str) -> None:
@@ -91,7 +116,7 @@ def environment_of_actors(environ: Mapping[str, str]) -> dict[str, str]:
     handed_on = {
         name: value
         for name, value in environ.items()
-        if name.startswith("SLIME_") and name not in (KEY_VARIABLE, "SLIME_HOST_IP")
+        if name.startswith("SLIME_") and name not in (KEY_VARIABLE, ADMIN_VARIABLE, "SLIME_HOST_IP")
     }
     root = str(Path(slime.__file__).resolve().parents[1])
     handed_on["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [environ.get("PYTHONPATH")])])
@@ -109,7 +134,7 @@ def _start_here(args: Namespace) -> None:
     resources = {CPU_DEVICE: args.cpu_devices} if args.device == "cpu" else {}
     ray.init(
         address="local",
-        _node_ip_address="127.0.0.1",
+        _node_ip_address=LOOPBACK,
         include_dashboard=False,
         num_cpus=_HELPER_CPUS,
         num_gpus=None if args.device == "cuda" else 0,

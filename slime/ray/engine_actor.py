@@ -7,11 +7,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import ray
-
 from slime.backends.base import EngineClient, EngineSpec
 from slime.backends.sglang.client import SGLangClient
 from slime.observability.run_status import ProcessInfo
+from slime.ray.cluster import own_host
 from slime.ray.liveness import Pulse
 from slime.utils.processes import ServerProcess, free_port
 
@@ -65,7 +64,7 @@ class EngineActor(Pulse):
             return self._start_server(overrides, first)
 
     def _start_server(self, overrides: Mapping[str, Any], first: EngineSpec | None) -> EngineSpec:
-        host = "127.0.0.1" if self._spec.device == "cpu" else ray.util.get_node_ip_address()
+        host = own_host(self._args)
         self._spec = replace(self._spec, host=host, port=free_port(host), nccl_port=free_port(host))
         self._spec = replace(self._spec, overrides={**self._spec.overrides, **overrides})
         if self._spec.num_nodes > 1:

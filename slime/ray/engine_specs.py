@@ -1,11 +1,13 @@
 """Which engine computes where: the groups of engines laid out over devices and nodes. Pure arithmetic."""
 
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from slime.backends.base import EngineSpec
+from slime.config import ConfigError
 from slime.config.engine_groups import EngineGroup
 
 _RESTART_FRACTION = 0.9
@@ -46,6 +48,30 @@ def engine_specs(args: Namespace, device_ids: Sequence[int], weights_dir: Path) 
             engines.append(_engine(args, group, len(engines), place, device_ids, weights_dir, shares))
         first += group.num_gpus
     return engines
+
+
+def check_nodes(engines: Sequence[Sequence[EngineSpec]], nodes: Sequence[str]) -> None:
+    """Refuse what the plan could not foresee: a cluster whose nodes have other numbers of devices than it was told.
+
+    Args:
+        engines: what `engine_specs` gave.
+        nodes: the node of each device, in the order of the devices.
+
+    Raises:
+        ConfigError: the devices of an engine, or of one node's part of it, are not on one node.
+    """
+    for parts in engines:
+        for part in parts:
+            start = part.first_device + part.node_rank * len(part.device_ids)
+            found = Counter(nodes[start : start + len(part.device_ids)])
+            if len(found) > 1:
+                counts = " and ".join(map(str, found.values()))
+                raise ConfigError(
+                    f"{part.name} has to lie on {len(part.device_ids)} devices of one node, but the cluster gave this "
+                    f"run {counts} on {len(found)} nodes for it. Say with --num-gpus-per-node how many GPUs each node "
+                    "has, choose numbers of trainer ranks and engines that fill nodes, or free nodes that other runs "
+                    "hold in part."
+                )
 
 
 def _engine(

@@ -18,7 +18,7 @@ from slime.config.engine_groups import DEFAULT_MODEL
 from slime.observability.run_status import ProcessInfo
 from slime.ray.engine_actor import EngineRecord
 from slime.ray.engine_places import EnginePlace, ExternalEngine, OwnEngine
-from slime.ray.engine_specs import engine_specs
+from slime.ray.engine_specs import check_nodes, engine_specs
 from slime.ray.health import HealthMonitor
 from slime.ray.liveness import Liveness
 from slime.ray.routers import Router
@@ -67,6 +67,8 @@ class Engines:
             addresses = enumerate(args.rollout_external_engine_addrs)
             return [ExternalEngine(args, index, address, self._weights_dir) for index, address in addresses]
         specs = engine_specs(args, devices.device_ids, self._weights_dir)
+        if args.device == "cuda":  # CPU devices are all of one host, whatever Ray calls a node
+            check_nodes(specs, devices.nodes)
         return [OwnEngine(args, parts, devices, self._liveness) for parts in specs]
 
     def _make_routers(self) -> dict[str, Router]:

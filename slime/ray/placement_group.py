@@ -2,6 +2,8 @@
 
 import logging
 from argparse import Namespace
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +36,8 @@ class Devices:
     bundles: tuple[int, ...]
     device_ids: tuple[int, ...]
     """Physical ids on their node, where a device has one (a GPU); -1 on CPU."""
+    nodes: tuple[str, ...] = ()
+    """Ray's ids of the nodes that they are on."""
 
 
 def create_placement_groups(args: Namespace) -> dict[str, Devices]:
@@ -56,10 +60,11 @@ def create_placement_groups(args: Namespace) -> dict[str, Devices]:
             f"{ray.available_resources().get(resource, 0):.0f} free of {ray.cluster_resources().get(resource, 0):.0f}. "
             "End other runs on it, or ask for fewer devices."
         )
-    bundles, device_ids = _in_device_order(group, num_devices, resource)
+    every = _in_device_order(group, num_devices, resource)
 
     def devices(start: int, count: int) -> Devices:
-        return Devices(group, bundles[start : start + count], device_ids[start : start + count])
+        part = slice(start, start + count)
+        return Devices(group, every.bundles[part], every.device_ids[part], every.nodes[part])
 
     trainers = 0 if args.debug_rollout_only else args.actor_num_nodes * args.actor_num_gpus_per_node
     groups = {
@@ -71,24 +76,35 @@ def create_placement_groups(args: Namespace) -> dict[str, Devices]:
     return groups
 
 
-def _in_device_order(group: Any, num_devices: int, resource: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Bundles sorted by node and device, so that consecutive ranks share a node."""
+def _in_device_order(group: Any, num_devices: int, resource: str) -> Devices:
+    """All bundles, sorted so that consecutive ranks share a node."""
     nodes = placement_group_table(group)["bundles_to_node_id"]
-    if resource != "GPU":
-        order = sorted(range(num_devices), key=lambda bundle: (nodes[bundle], bundle))
-        return tuple(order), (-1,) * num_devices
-    probes = [
-        _gpu_id.options(
-            num_gpus=1,
-            num_cpus=0,
-            placement_group=group,
-            placement_group_bundle_index=bundle,
-        ).remote()
-        for bundle in range(num_devices)
-    ]
-    gpu_ids = ray.get(probes, timeout=_PLACEMENT_TIMEOUT_S)
-    order = sorted(range(num_devices), key=lambda bundle: (nodes[bundle], gpu_ids[bundle]))
-    return tuple(order), tuple(gpu_ids[bundle] for bundle in order)
+    device_ids = [-1] * num_devices
+    if resource == "GPU":
+        probes = [
+            _gpu_id.options(
+                num_gpus=1,
+                num_cpus=0,
+                placement_group=group,
+                placement_group_bundle_index=bundle,
+            ).remote()
+            for bundle in range(num_devices)
+        ]
+        device_ids = ray.get(probes, timeout=_PLACEMENT_TIMEOUT_S)
+    order = device_order(nodes, device_ids)
+    return Devices(group, order, tuple(device_ids[b] for b in order), tuple(nodes[b] for b in order))
+
+
+def device_order(nodes: Mapping[int, str], device_ids: Sequence[int]) -> tuple[int, ...]:
+    """Bundles by node, and on a node by device. Nodes of which the run has most devices come first: engines over whole
+    nodes then begin where the plan says.
+
+    Args:
+        nodes: bundle -> its node.
+        device_ids: of each bundle on its node.
+    """
+    size = Counter(nodes.values())
+    return tuple(sorted(nodes, key=lambda bundle: (-size[nodes[bundle]], nodes[bundle], device_ids[bundle], bundle)))
 
 
 @ray.remote

@@ -4,10 +4,9 @@ import contextlib
 from argparse import Namespace
 from pathlib import Path
 
-import ray
-
 from slime.backends.sglang.router import RouterClient, router_command
 from slime.observability.run_status import ProcessInfo
+from slime.ray import cluster
 from slime.ray.health import HealthMonitor
 from slime.utils.http_utils import _wrap_ipv6
 from slime.utils.processes import ServerProcess, free_port
@@ -47,7 +46,7 @@ class Router:
         """
         if not self._is_ours:
             return
-        host = "127.0.0.1" if self._args.device == "cpu" else ray.util.get_node_ip_address()
+        host = cluster.own_host(self._args)
         self.address = (host, port or free_port(host))
         argv, env = router_command(self._args, *self.address, free_port(host), splits_work=splits_work)
         log_path = Path(self._args.run_dir) / "logs" / f"{self.name.replace(' ', '_')}.log"

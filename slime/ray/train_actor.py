@@ -11,6 +11,7 @@ import ray
 
 from slime.backends.base import Trainer
 from slime.observability.logging_utils import configure_logger
+from slime.ray import cluster
 from slime.ray.engines import EngineRecord
 from slime.ray.liveness import Pulse
 from slime.utils.api_key import take_api_key
@@ -37,7 +38,7 @@ class TrainRayActor(Pulse):
 
     def get_master_addr_and_port(self) -> tuple[str, int]:
         """Where rank 0 will listen for the other ranks."""
-        host = "127.0.0.1" if self._args.device == "cpu" else ray.util.get_node_ip_address()
+        host = cluster.own_host(self._args)
         return host, free_port(host)
 
     def pid_and_host(self) -> tuple[int, str]:

@@ -4,12 +4,16 @@ import json
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import ray
 
 from slime.backends.sglang.checksum import FusedTensorDigests, TensorParallel, algorithm_of
+from slime.ray.cluster import LOOPBACK
 from slime.ray.engines import EngineRecord
+from slime.utils.http_utils import get_host_info
 from slime.utils.processes import free_port
+from slime.utils.rendezvous import is_loopback
 from slime.weight_sync.base import WeightSource
 from slime.weight_sync.digest import ExpectedDigests, TensorDigests
 from slime.weight_sync.ipc import IpcTransport
@@ -47,7 +51,7 @@ def _transport(args: Namespace, engines: Sequence[EngineRecord], rank: int) -> T
         return SharedMemoryTransport(Path(engines[0].weights_dir))
     if args.colocate and args.device == "cuda":
         return _ipc_transport(engines, rank, args.num_gpus_per_node)
-    host = "127.0.0.1" if args.device == "cpu" else ray.util.get_node_ip_address()
+    host = _meeting_host(engines)
     # By name: an engine that was started again has another address.
     num_ranks = {engine.name: engine.num_devices for engine in engines}
     return DistributedTransport(
@@ -57,6 +61,14 @@ def _transport(args: Namespace, engines: Sequence[EngineRecord], rank: int) -> T
         num_ranks=lambda engine: num_ranks[engine.name],
         device=args.device,
     )
+
+
+def _meeting_host(engines: Sequence[EngineRecord]) -> str:
+    """Where this process listens for engines that join its group: they may run elsewhere, though Ray does not."""
+    if all(is_loopback(urlsplit(engine.url).hostname or "") for engine in engines):
+        return LOOPBACK
+    own = str(ray.util.get_node_ip_address())
+    return get_host_info()[1] if is_loopback(own) else own
 
 
 def _ipc_transport(engines: Sequence[EngineRecord], rank: int, devices_per_node: int) -> IpcTransport:

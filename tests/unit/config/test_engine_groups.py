@@ -122,7 +122,31 @@ def test_prefill_servers_that_leave_nothing_to_decode_are_refused(servers: int, 
 def test_an_engine_fills_its_nodes() -> None:
     with pytest.raises(ConfigError, match="an engine of 12 devices does not fill nodes of --num-gpus-per-node 8"):
         plan(rollout_num_gpus=12, rollout_num_gpus_per_engine=12)
-    assert plan(rollout_num_gpus=16, rollout_num_gpus_per_engine=16).placement.num_engines == 1
+    sixteen = plan(rollout_num_gpus=16, rollout_num_gpus_per_engine=16, actor_num_gpus_per_node=8)
+    assert sixteen.placement.num_engines == 1
+
+
+def test_an_engine_does_not_begin_in_the_middle_of_a_node() -> None:
+    """It would be told of devices that the node does not have. With --colocate engines begin at the first device."""
+    sixteen = {"rollout_num_gpus": 16, "rollout_num_gpus_per_engine": 16, "actor_num_gpus_per_node": 4}
+    with pytest.raises(ConfigError, match="engine 0 of 16 devices begins at device 4 of a node"):
+        plan(**sixteen)
+    with pytest.raises(ConfigError, match="engine 1 of 4 devices begins at device 6 .* nodes of --num-gpus-per-node 8"):
+        plan(rollout_num_gpus=8, rollout_num_gpus_per_engine=4, actor_num_gpus_per_node=2)
+    for accepted in (
+        sixteen | {"colocate": True, "actor_num_nodes": 2, "actor_num_gpus_per_node": 8},
+        {"rollout_num_gpus": 8, "rollout_num_gpus_per_engine": 4, "actor_num_gpus_per_node": 4},
+        {"rollout_num_gpus": 8, "rollout_num_gpus_per_engine": 2, "actor_num_gpus_per_node": 2},
+    ):
+        assert plan(**accepted).placement.rollout_num_gpus == accepted["rollout_num_gpus"]
+
+
+def test_a_placeholder_moves_the_engine_behind_it_to_the_next_node() -> None:
+    free = {"worker_type": "placeholder", "num_gpus": 4, "num_gpus_per_engine": 4}
+    engine = {"num_gpus": 8, "num_gpus_per_engine": 8}
+    with pytest.raises(ConfigError, match="engine 0 of 8 devices begins at device 4"):
+        plan({"sglang": [model(engine)]}, actor_num_gpus_per_node=4)
+    assert plan({"sglang": [model(free, engine)]}, actor_num_gpus_per_node=4).placement.num_engines == 1
 
 
 def test_the_embedded_engine_is_of_one_kind() -> None:

@@ -48,7 +48,7 @@ def actor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[EngineAct
         return [sys.executable, "-c", SERVE, str(spec.port)], {}
 
     monkeypatch.setattr(engine_actor, "_server_command", lambda args: command)
-    actor = EngineActor(Namespace(), replace(spec(), log_path=tmp_path / "log"))
+    actor = EngineActor(Namespace(device="cpu"), replace(spec(), log_path=tmp_path / "log"))
     yield actor
     actor.stop()
 

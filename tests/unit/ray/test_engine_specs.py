@@ -4,10 +4,13 @@ from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from slime.backends.base import EngineSpec
 from slime.backends.sglang.launch import server_command
+from slime.config import ConfigError
 from slime.config.engine_groups import EngineGroup
-from slime.ray.engine_specs import engine_specs
+from slime.ray.engine_specs import check_nodes, engine_specs
 
 
 def args(*groups: EngineGroup, **values: object) -> Namespace:
@@ -96,3 +99,15 @@ def test_keys_of_an_engine_are_those_of_the_run() -> None:
     ((spec,),) = specs(given, 1)
     _, env = words(given, spec)
     assert (env["SLIME_API_KEY"], env["SLIME_ADMIN_API_KEY"]) == ("k", "a")
+
+
+def test_an_engine_whose_devices_are_on_two_nodes_is_refused_before_it_starts() -> None:
+    """Nodes of 4 where 8 were said: both halves of the first engine would be told of devices of the other node."""
+    given = args(regular(8, 8))
+    with pytest.raises(ConfigError, match=r"engine 0 has to lie on 8 devices of one node, .* 4 and 4 on 2 nodes"):
+        check_nodes(specs(given, 8), ["a"] * 4 + ["b"] * 4)
+    check_nodes(specs(given, 8), ["a"] * 8)
+    given = args(regular(16, 16))
+    check_nodes(specs(given, 16), ["a"] * 8 + ["b"] * 8)
+    with pytest.raises(ConfigError, match=r"engine 0 on its node 1 has to lie on 8 .* 7 and 1 on 2 nodes"):
+        check_nodes(specs(given, 16), ["a"] * 8 + ["b"] * 7 + ["c"])

@@ -80,6 +80,6 @@ def test_nothing_here_ends_or_starts_it(args: Namespace) -> None:
     engine = ExternalEngine(args, 0, "h:30000", Path("/w"))
     engine.begin()
     assert engine.processes() == engine.begin_to_stop() == []
-    engine.kill("did not answer for 30 s")
+    engine.kill("did not answer for 30 s", 1)
     assert engine.death is not None and engine.death.startswith("external engine 0 (http://h:30000) did not answer")
     assert not engine.gives_memory_back

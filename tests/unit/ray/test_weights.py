@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from slime.backends.sglang.client import SGLangClient
+from slime.ray import weights
 from slime.ray.engine_actor import EngineRecord
 from slime.ray.weights import _ipc_transport, _transport
 
@@ -28,6 +29,26 @@ def test_an_engine_that_was_started_again_has_as_many_ranks_in_the_process_group
     args = Namespace(update_weight_transport="nccl", colocate=False, device="cpu")
     transport: Any = _transport(args, ENGINES, rank=0)
     assert transport._num_ranks(started_again(ENGINES[1])) == 2
+
+
+@pytest.mark.parametrize(
+    ("engine", "of_ray", "meeting"),
+    [
+        ("http://127.0.0.1:20001", "127.0.0.1", "127.0.0.1"),
+        ("http://127.0.0.1:20001", "10.0.0.5", "127.0.0.1"),
+        ("http://10.0.0.9:20001", "10.0.0.5", "10.0.0.5"),
+        ("http://10.0.0.9:20001", "127.0.0.1", "10.0.0.7"),
+    ],
+    ids=["one machine", "a cluster of one node", "several nodes", "an engine elsewhere, Ray on this machine"],
+)
+def test_engines_meet_the_trainer_where_they_reach_it(
+    engine: str, of_ray: str, meeting: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weights.ray.util, "get_node_ip_address", lambda: of_ray)
+    monkeypatch.setenv("SLIME_HOST_IP", "10.0.0.7")
+    args = Namespace(update_weight_transport="nccl", colocate=False, device="cuda")
+    transport: Any = _transport(args, [dataclasses.replace(ENGINES[0], url=engine)], rank=0)
+    assert transport._master_address == meeting
 
 
 @pytest.mark.parametrize(("rank", "device_index"), [(0, 0), (1, 1), (2, 0), (3, 1), (4, None)])
