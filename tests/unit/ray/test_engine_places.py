@@ -132,7 +132,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
     monkeypatch.setattr(engine_places.ray, "get", fake_get)
     monkeypatch.setattr(engine_places, "_POLL_S", 0.02)
     liveness: Any = Namespace(lost=dict)
-    engine = Engine(Namespace(rollout_engine="sglang"), [spec(0, 2), spec(1, 2)], None, liveness)
+    engine = Engine(Namespace(rollout_engine="sglang", device="cpu"), [spec(0, 2), spec(1, 2)], None, liveness)
     yield engine
     for actor in engine._actors:
         actor.is_healthy.set()
