@@ -1,9 +1,11 @@
 """How much memory is in use, and giving back what is not needed. Works with and without a GPU."""
 
+import contextlib
 import ctypes
 import gc
 import logging
 import sys
+from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +40,36 @@ def _resident_bytes() -> int:
     import os
 
     return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+_CGROUPS = (  # limit, use, and which part of its use could be given up; version 2, then 1
+    ("memory.max", "memory.current", "memory.stat", ("inactive_file", "active_file")),
+    (
+        "memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat",
+        ("total_inactive_file", "total_active_file"),
+    ),
+)  # fmt: skip
+
+
+def host_memory_left(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Bytes that this process may still take: what the machine has, and what a container's limit leaves of it.
+
+    None where the system does not tell.
+    """
+    found = []
+    with contextlib.suppress(OSError, KeyError):
+        found.append(_figures(proc / "meminfo")["MemAvailable:"] * 1024)
+    for limit, use, stat, reclaimable in _CGROUPS:
+        with contextlib.suppress(OSError, ValueError):  # ValueError: the limit is "max"
+            figures = _figures(cgroup / stat)
+            in_use = int((cgroup / use).read_text()) - sum(figures.get(name, 0) for name in reclaimable)
+            found.append(max(0, int((cgroup / limit).read_text()) - in_use))
+    return min(found, default=None)
+
+
+def _figures(path: Path) -> dict[str, int]:
+    """First word -> the number after it, of each line."""
+    return {words[0]: int(words[1]) for words in map(str.split, path.read_text().splitlines()) if len(words) > 1}
 
 
 def print_memory(msg: str, clear_before_print: bool = False) -> dict[str, float]:

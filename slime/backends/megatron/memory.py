@@ -4,6 +4,7 @@ Storages are emptied, not tensors: parameters, gradients and optimizer states ar
 keeps pointing at its storage.
 """
 
+import itertools
 from collections.abc import Collection, Iterator, Sequence
 
 import torch
@@ -12,6 +13,10 @@ from torch import Tensor
 
 from slime.backends.megatron.accelerator import Accelerator
 from slime.backends.megatron.model import unwrap
+from slime.utils.memory_utils import host_memory_left
+
+_GIB = 1 << 30
+_ALIGNMENT = 512  # bytes; where a buffer starts, as on the device
 
 
 class TrainingMemory:
@@ -27,7 +32,7 @@ class TrainingMemory:
     ) -> None:
         self._models, self._optimizer, self._accelerator = list(models), optimizer, accelerator
         self._dropped: list[tuple[torch.UntypedStorage, int]] = []
-        self._states, self._weights = _OnHost(), _OnHost()
+        self._states, self._weights = _OnHost(accelerator), _OnHost(accelerator)
         self.is_released = False
 
     @property
@@ -98,7 +103,8 @@ class TrainingMemory:
 class _OnHost:
     """Storages of a device whose bytes wait on the host. The host's buffers are kept: pinning memory is slow."""
 
-    def __init__(self) -> None:
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
         self._taken: list[tuple[torch.UntypedStorage, Tensor]] = []
         self._buffers: list[Tensor] = []
 
@@ -108,16 +114,10 @@ class _OnHost:
 
     def take(self, storages: list[torch.UntypedStorage]) -> None:
         """Copy to the host and free the device's memory."""
-        free: dict[int, list[Tensor]] = {}
-        for buffer in self._buffers:
-            free.setdefault(buffer.numel(), []).append(buffer)
-        for storage in storages:
-            same_size = free.get(storage.nbytes())
-            host = same_size.pop() if same_size else self._new_buffer(storage.nbytes())
+        for storage, host in zip(storages, self._buffers_for([s.nbytes() for s in storages]), strict=True):
             host.copy_(_bytes(storage), non_blocking=True)
             self._taken.append((storage, host))
-        if storages:
-            torch.cuda.synchronize(storages[0].device)
+        self._accelerator.synchronize()
         for storage, _ in self._taken:
             storage.resize_(0)
 
@@ -127,10 +127,29 @@ class _OnHost:
             _bytes(storage).copy_(host, non_blocking=True)
         self._taken = []
 
-    def _new_buffer(self, num_bytes: int) -> Tensor:
-        buffer = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
-        self._buffers.append(buffer)
-        return buffer
+    def _buffers_for(self, sizes: list[int]) -> list[Tensor]:
+        """One buffer a size in bytes: those of before, and the missing ones out of one new piece of memory."""
+        kept: dict[int, list[Tensor]] = {}
+        for buffer in self._buffers:
+            kept.setdefault(buffer.numel(), []).append(buffer)
+        found = [kept[size].pop() if kept.get(size) else None for size in sizes]
+        missing = [size for size, buffer in zip(sizes, found, strict=True) if buffer is None]
+        *starts, end = itertools.accumulate((-(-size // _ALIGNMENT) * _ALIGNMENT for size in missing), initial=0)
+        memory = self._pinned(end) if missing else None
+        new = [memory[at : at + size] for at, size in zip(starts, missing, strict=True) if memory is not None]
+        self._buffers += new
+        rest = iter(new)
+        return [next(rest) if buffer is None else buffer for buffer in found]
+
+    def _pinned(self, num_bytes: int) -> Tensor:
+        left = host_memory_left()
+        if left is not None and num_bytes > left:
+            raise MemoryError(
+                f"A trainer that gives its GPU's memory back keeps {num_bytes / _GIB:.1f} GiB of it on the host, where "
+                f"this machine or container has {left / _GIB:.1f} GiB left: give it more memory, put fewer trainer "
+                "ranks on it, or keep the trainer on its GPU with --no-offload-train."
+            )
+        return self._accelerator.pinned(num_bytes)
 
 
 def _bytes(storage: torch.UntypedStorage) -> Tensor:

@@ -54,6 +54,73 @@ def test_sleeping_frees_the_gradients_and_changes_nothing(
     assert tiny.largest_difference(after, awake) == 0
 
 
+def _train_as_if_on_a_gpu(rank: int, world_size: int, port: int, args: Any) -> Any:
+    """As colocated on a GPU: optimizer states and weights wait in other memory, and what they lay in is given back."""
+    from slime.backends.megatron import memory
+    from slime.backends.megatron.trainer import MegatronTrainer
+
+    on_device = memory._on_device
+    memory._on_device = lambda tensors, but=(): [s for s in memory._storages(tensors) if s.data_ptr() not in but]
+    try:
+        trainer = MegatronTrainer(args, rank, world_size, "127.0.0.1", port)
+        trainer.init()
+        held, taken = [], []
+        take_from = trainer.accelerator.pinned
+        trainer.accelerator.pinned = lambda size: taken.append(size) or take_from(size)  # type: ignore[assignment]
+        for i, data in enumerate(ROLLOUTS):
+            trainer.wake_up()
+            trainer.train(i, tiny.shard_of(trainer, data))
+            trainer.sleep(keep_weights=True)
+            in_the_sync = tiny.hf_weights(trainer)
+            trainer.sleep()
+            tensors = [*trainer.job.memory._parameters(), *trainer.job.memory._optimizer_tensors()]
+            held.append(sum(tensor.untyped_storage().nbytes() for tensor in tensors))
+            with trainer.weights_at_hand():  # an engine that was started again is given the weights
+                assert tiny.largest_difference(tiny.hf_weights(trainer), in_the_sync) == 0
+        needed = sum(buffer.numel() for kept in (memory_of(trainer)) for buffer in kept._buffers)
+        trainer.wake_up()
+        return tiny.hf_weights(trainer), held, taken, needed
+    finally:
+        memory._on_device = on_device
+
+
+def memory_of(trainer: Any) -> tuple[Any, Any]:
+    return trainer.job.memory._states, trainer.job.memory._weights
+
+
+@pytest.mark.parametrize("changes", [{}, {"use_distributed_optimizer": False}, {"bf16": True}], ids=str)
+def test_weights_and_optimizer_that_waited_elsewhere_come_back_bit_by_bit(
+    ranks: RankPool, model: Path, changes: dict[str, Any]
+) -> None:
+    args = tiny.training_args(model, **changes)
+    after, held, taken, needed = ranks.run(_train_as_if_on_a_gpu, 1, args)[0]
+    awake = ranks.run(_train, 1, args, ROLLOUTS)[0]["weights"]
+    assert tiny.largest_difference(after, awake) == 0
+    assert held == [0, 0, 0]
+    assert len(taken) == 2, "the host's memory is taken once, for the states and for the weights"
+    assert needed <= sum(taken) < 1.05 * needed + 100 * 512
+
+
+def _nap_without_room(rank: int, world_size: int, port: int) -> str:
+    from slime.backends.megatron import memory
+    from slime.backends.megatron.accelerator import accelerator_for
+
+    left, memory.host_memory_left = memory.host_memory_left, lambda: 1 << 30
+    try:
+        memory._OnHost(accelerator_for("cpu"))._buffers_for([1 << 30, 1])
+    except MemoryError as error:
+        return str(error)
+    finally:
+        memory.host_memory_left = left
+    return ""
+
+
+def test_a_host_without_room_for_a_sleeping_trainer_is_named(ranks: RankPool) -> None:
+    """Else the system would kill the rank, without a word."""
+    assert "keeps 1.0 GiB of it on the host" in (said := ranks.run(_nap_without_room, 1)[0])
+    assert "has 1.0 GiB left" in said and "--no-offload-train" in said
+
+
 def _resident_bytes_given_back(rank: int, world_size: int, port: int, args: Any) -> tuple[int, int]:
     from slime.backends.megatron.trainer import MegatronTrainer
 

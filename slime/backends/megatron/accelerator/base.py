@@ -36,4 +36,7 @@ class Accelerator(Protocol):
     def empty_cache(self) -> None:
         """Return freed memory to where others can use it."""
 
+    def pinned(self, num_bytes: int) -> torch.Tensor:
+        """[num_bytes] uint8 on the host, from and to which the device copies by itself; kept until the process ends."""
+
     def memory(self) -> MemoryFacts: ...

@@ -61,6 +61,9 @@ class CpuAccelerator:
         if libc is not None:
             libc.malloc_trim(0)
 
+    def pinned(self, num_bytes: int) -> torch.Tensor:
+        return torch.empty(num_bytes, dtype=torch.uint8)
+
     def memory(self) -> MemoryFacts:
         peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return MemoryFacts(psutil.Process().memory_info().rss, peak_kib * 1024, psutil.virtual_memory().total)

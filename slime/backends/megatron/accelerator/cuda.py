@@ -1,5 +1,6 @@
 """CUDA as Megatron expects it: nothing to override."""
 
+import mmap
 import os
 
 import torch
@@ -34,6 +35,16 @@ class CudaAccelerator:
     def empty_cache(self) -> None:
         torch.cuda.ipc_collect()  # memory that another process had opened waits for this
         torch.cuda.empty_cache()
+
+    def pinned(self, num_bytes: int) -> torch.Tensor:
+        """Pages of their own, registered with CUDA: torch's allocator of pinned memory would round each size up to a
+        power of two. Forked children get none of them, as the system would copy for them what is pinned."""
+        pages = mmap.mmap(-1, num_bytes)
+        pages.madvise(mmap.MADV_DONTFORK)
+        memory = torch.frombuffer(pages, dtype=torch.uint8)
+        result = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), num_bytes, 0)
+        torch.cuda.check_error(int(result))
+        return memory
 
     def memory(self) -> MemoryFacts:
         _, total_bytes = torch.cuda.mem_get_info(self.device)
