@@ -52,6 +52,7 @@ def spec(node_rank: int = 0) -> EngineSpec:
 def starts(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> list[dict[str, Any]]:
     """What a server is started with besides its spec: at first, and when it has ended."""
     monkeypatch.setattr(module, "wait_for", lambda asked, *rest: list(asked.values()))
+    monkeypatch.setattr(module.ray, "wait", lambda refs, **rest: (refs, []))
     monkeypatch.setattr(module, "SGLangClient", Client)
     args = Namespace(device="cuda", rollout_engine="sglang", colocate=True, offload_train=False)
     liveness: Any = Namespace(lost=dict)
@@ -60,9 +61,9 @@ def starts(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> list[dict[str, An
         engine.begin()
         engine.wait_until_healthy()
     first, second = engine._actors
-    begun = [overrides for overrides, *rest in (s for s in first.starts if isinstance(s[0], dict))]
-    assert second.starts == [(overrides, spec(0)) for overrides in begun], "all nodes of an engine start alike"
-    return begun
+    begun = [arguments for arguments in first.starts if len(arguments) == 2]
+    assert second.starts == [(*arguments, spec(0)) for arguments in begun], "all nodes of an engine start alike"
+    return [overrides for _, overrides in begun]
 
 
 def test_beside_a_trainer_that_stays_on_the_gpu_its_size_is_said_in_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
