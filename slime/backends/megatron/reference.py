@@ -38,9 +38,9 @@ class HostWeights:
     @torch.no_grad()
     def _swap(self) -> None:
         for copy, parameter in zip(self._copies, self._parameters(), strict=True):
-            own = parameter.to("cpu", copy=True)
-            parameter.copy_(copy)
-            copy.copy_(own)
+            own = parameter.clone()  # on the device: to pinned memory and from it the device copies by itself
+            parameter.copy_(copy, non_blocking=True)
+            copy.copy_(own, non_blocking=True)
 
     def _parameters(self) -> list[torch.nn.Parameter]:
         return [parameter for model in self._models for parameter in unwrap(model).parameters()]
