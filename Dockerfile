@@ -25,7 +25,9 @@ RUN python3 -m venv /opt/venv
 # What the packages depend on comes first, so that a change of slime itself installs nothing again.
 COPY --chown=slime:slime LICENSE README.md pyproject.toml ./
 COPY --chown=slime:slime slime/__init__.py slime/
-RUN pip install --no-cache-dir --editable '.[gpu]'
+# The version that ran on an H200, with the torch that it pins. `.[gpu]` alone takes the newest that fits.
+ARG SGLANG=0.5.16
+RUN pip install --no-cache-dir --editable '.[gpu]' "sglang==${SGLANG}"
 
 COPY --chown=slime:slime . .
 RUN mkdir -p models data outputs

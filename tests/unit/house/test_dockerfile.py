@@ -3,9 +3,11 @@
 import fnmatch
 import shlex
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 
 @pytest.fixture(scope="module")
@@ -54,5 +56,12 @@ def test_its_processes_are_not_roots(instructions: list[list[str]]) -> None:
 
 
 def test_it_installs_what_the_project_calls_the_gpu_path(instructions: list[list[str]]) -> None:
-    installs = [words for words in instructions if words[:3] == ["RUN", "pip", "install"]]
-    assert [words[-1] for words in installs] == [".[gpu]"]
+    (install,) = (words for words in instructions if words[:3] == ["RUN", "pip", "install"])
+    assert install[-2:] == [".[gpu]", "sglang==${SGLANG}"]
+
+
+def test_its_sglang_is_one_that_the_project_takes(repository: Path, instructions: list[list[str]]) -> None:
+    extra = tomllib.loads((repository / "pyproject.toml").read_text())["project"]["optional-dependencies"]["gpu"]
+    taken = next(Requirement(text) for text in extra if Requirement(text).name == "sglang")
+    (version,) = (words[1].removeprefix("SGLANG=") for words in instructions if words[1].startswith("SGLANG="))
+    assert version in taken.specifier
