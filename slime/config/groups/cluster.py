@@ -18,7 +18,7 @@ class ClusterConfig:
     """Devices (and so trainer ranks) on each of these nodes. On the CPU the default is 1."""
     rollout_num_gpus: int | None = None
     """Devices for generation, all engines together. With --colocate: the actor's devices. On the CPU the default
-    is 1. 0: routers only, no local engine."""
+    is 1. 0, with --debug-rollout-only: routers only."""
     rollout_num_gpus_per_engine: int = 1
     """Devices of one engine (SGLang: tensor parallel size x pipeline parallel size)."""
     num_gpus_per_node: int = 8

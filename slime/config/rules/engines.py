@@ -87,6 +87,17 @@ def what_is_waited_for_stays_in_flight(config: Config) -> None:
         )
 
 
+def trained_weights_generate(config: Config) -> None:
+    """Without an engine only a router is started, for servers that somebody else registers there."""
+    is_debugging = config.debug.debug_rollout_only or config.skips_engines
+    if config.cluster.rollout_num_gpus == 0 and not config.is_external and not is_debugging:
+        raise ConfigError(
+            "--rollout-num-gpus 0 starts routers and no engine, so nothing would take the trainer's weights and "
+            "generate; give engines devices, name servers elsewhere with --rollout-external-engine-addrs, or add "
+            "--debug-rollout-only"
+        )
+
+
 def nodes_have_the_devices(config: Config) -> None:
     """As many trainer ranks are on a node as it has GPUs, at most."""
     ranks, devices = config.cluster.actor_num_gpus_per_node, config.cluster.num_gpus_per_node
@@ -220,6 +231,7 @@ RULES = (
     groups_in_flight_keep_their_engines,
     overlap_is_not_deterministic,
     what_is_waited_for_stays_in_flight,
+    trained_weights_generate,
     nodes_have_the_devices,
     debug_modes_exclude_each_other,
     dumps_do_not_overwrite_each_other,

@@ -232,6 +232,7 @@ WRONG_COMMAND_LINES = (
     # devices
     Wrong("too few devices", "--actor-num-gpus-per-node 8 --rollout-num-gpus 8", "needs 16 devices",
           "--cpu-devices"),
+    Wrong("no engine for the weights", "--rollout-num-gpus 0", "--rollout-num-gpus 0", "--debug-rollout-only"),
     Wrong("a GPU that is not there", "--device cuda --rollout-num-gpus 1", "--device cuda", "--device cpu"),
     Wrong("SGLang that is not there", "--rollout-engine sglang", "--rollout-engine", "--rollout-engine embedded"),
     Wrong("engines that do not come out even", "--rollout-num-gpus 3 --rollout-num-gpus-per-engine 2",
