@@ -18,6 +18,7 @@ _EXAMPLE = (
 _OF_PLACEMENT = (
     "model_path", "tp_size", "tensor_parallel_size", "port", "host", "nnodes", "node_rank", "device", "nccl_port",
     "dist_init_addr", "random_seed", "api_key", "admin_api_key",
+    "disaggregation_mode",
 )  # fmt: skip
 """Fields of a server that the run decides; no override changes them."""
 
@@ -137,7 +138,7 @@ def _group(flag: str, config: Config, model: Mapping[str, Any], group: Mapping[s
         raise ConfigError(f"{flag}: {name} has a group of worker_type {kind!r}{also}; there are {known}")
     per_engine = group.get("num_gpus_per_engine") or model.get("num_gpus_per_engine")
     per_engine = per_engine or config.cluster.rollout_num_gpus_per_engine
-    if not isinstance(num_gpus, int) or num_gpus < 1 or not isinstance(per_engine, int) or num_gpus % per_engine:
+    if type(num_gpus) is not int or num_gpus < 1 or not isinstance(per_engine, int) or num_gpus % per_engine:
         raise ConfigError(
             f"{flag}: a {kind} group of {name} has num_gpus {num_gpus!r} for engines of {per_engine!r}; give a number "
             "of devices above 0 that the size of an engine divides"
@@ -149,6 +150,11 @@ def _group(flag: str, config: Config, model: Mapping[str, Any], group: Mapping[s
     overrides = {key: value for key, value in overrides.items() if key != "model_path"}
     if decided := [key for key in overrides if key in _OF_PLACEMENT]:
         raise ConfigError(f"{flag}: {name} overrides {', '.join(decided)}, which the run decides; leave it out")
+    share = overrides.get("mem_fraction_static")
+    if share is not None and (not isinstance(share, int | float) or not 0 < share < 1):
+        raise ConfigError(
+            f"{flag}: {name} has mem_fraction_static {share!r}; give its share of a GPU, above 0 and below 1"
+        )
     is_trained = own_path in (None, config.rollout.hf_checkpoint)
     updates = model.get("update_weights")
     return EngineGroup(

@@ -117,10 +117,35 @@ def nothing_unbuilt_is_asked_for(args: Namespace) -> None:
 _SECRET = {"router_api_key", "router_control_plane_api_keys"}
 
 
+def _of_the_engines(args: Namespace) -> Iterator[str]:
+    """Settings with which an engine's weights are not the trainer's, so that no digest could prove them."""
+    settings = [("--", {name: getattr(args, f"sglang_{name}", None) for name in _OTHER_WEIGHTS})]
+    settings += [(f"the override of {g.model}, ", g.overrides) for g in args.engine_groups if g.updates_weights]
+    for of, values in settings:
+        for name, (fits, why) in _OTHER_WEIGHTS.items():
+            value = values.get(name)
+            if value and not fits(value, args.plan.dtype.value):
+                spelt = f"--sglang-{name.replace('_', '-')} {value}" if of == "--" else f"{of}{name}: {value}"
+                yield (
+                    f"{spelt} is not built yet where weights are synced: the digests that prove them {why}; "
+                    "leave it out"
+                )
+
+
 _SGLANG_DTYPES = {
     "bf16": ("auto", "bfloat16"), "fp16": ("auto", "half", "float16"), "fp32": ("auto", "float", "float32"),
 }  # fmt: skip
 """SGLang's names of the trainer's number format; `auto` is the one that slime passes on by itself."""
+_LAYOUT, _FORMAT = "are foretold for tensor parallel engines alone", "are of the weights as they are trained"
+_OTHER_WEIGHTS: dict[str, tuple[Callable[[Any, str], bool], str]] = {
+    "pp_size": (lambda value, dtype: value == 1, _LAYOUT),
+    "enable_dp_attention": (lambda value, dtype: False, _LAYOUT),
+    "dtype": (lambda value, dtype: value in _SGLANG_DTYPES[dtype], _FORMAT),
+    "quantization": (lambda value, dtype: False, _FORMAT),
+    "torchao_config": (lambda value, dtype: False, _FORMAT),
+    "modelopt_quant": (lambda value, dtype: False, _FORMAT),
+}
+"""Field of an engine that gets weights -> whether a value fits the trainer's number format, and why others do not."""
 
 
 def _of_the_devices(args: Namespace) -> Iterator[str]:
@@ -130,24 +155,7 @@ def _of_the_devices(args: Namespace) -> Iterator[str]:
     if plan.engine.value == "embedded" and "sglang_admin_api_key" in plan.given:
         yield "--sglang-admin-api-key is not built yet for the embedded engine: it asks for one, --sglang-api-key"
     if plan.engine.value == "sglang" and p.num_engines and not args.debug_rollout_only:
-        for flag in ("sglang_pp_size", "sglang_enable_dp_attention"):
-            if getattr(args, flag, None) not in (None, False, 1):
-                yield (
-                    f"--{flag.replace('_', '-')} is not built yet where weights are synced: the digests that "
-                    "prove them are foretold for tensor parallel engines alone; leave it out"
-                )
-        dtype = getattr(args, "sglang_dtype", None)
-        if dtype not in (None, *_SGLANG_DTYPES[plan.dtype.value]):
-            yield (
-                f"--sglang-dtype {dtype} is not built yet beside a trainer in {plan.dtype.value}: the digests that "
-                "prove the weights are of the trainer's own; leave it out"
-            )
-        for flag in ("sglang_quantization", "sglang_torchao_config", "sglang_modelopt_quant"):
-            if value := getattr(args, flag, None):
-                yield (
-                    f"--{flag.replace('_', '-')} {value} is not built yet where weights are synced: the digests that "
-                    "prove them are of the weights as they are trained; leave it out"
-                )
+        yield from _of_the_engines(args)
     if plan.device.value == "cuda":
         if p.colocate and p.rollout_num_gpus > p.world_size:
             yield (

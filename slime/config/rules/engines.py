@@ -1,5 +1,6 @@
 """Rules of devices, engines and loops: what can run on this machine and next to each other."""
 
+import json
 import re
 from urllib.parse import urlsplit
 
@@ -175,6 +176,35 @@ def addresses_are_addresses(config: Config) -> None:
             raise ConfigError(f"--rollout-external-engine-addrs {address}: is not host:port; type e.g. 127.0.0.1:30000")
 
 
+def engines_elsewhere_are_named_once(config: Config) -> None:
+    """Each server counts once in the group that carries the weights."""
+    addresses = config.rollout.rollout_external_engine_addrs or []
+    if twice := [address for address in dict.fromkeys(addresses) if addresses.count(address) > 1]:
+        raise ConfigError(
+            f"--rollout-external-engine-addrs names {', '.join(twice)} more than once; name each server once"
+        )
+
+
+def memory_is_given_back_or_kept(config: Config) -> None:
+    """--offload means both sides."""
+    cluster = config.cluster
+    for flag, value in (
+        ("--no-offload-train", cluster.offload_train),
+        ("--no-offload-rollout", cluster.offload_rollout),
+    ):
+        if cluster.offload and value is False:
+            other = "--offload-rollout" if flag == "--no-offload-train" else "--offload-train"
+            raise ConfigError(f"--offload and {flag} contradict each other; type {other} for one side alone")
+
+
+def environment_is_text(config: Config) -> None:
+    """Environment variables hold text."""
+    for name, value in config.train.train_env_vars.items():
+        if not isinstance(value, str):
+            text = json.dumps({name: str(value)})
+            raise ConfigError(f"--train-env-vars gives {name} the value {value!r}, which is not text; type '{text}'")
+
+
 def router_address_is_complete(config: Config) -> None:
     """A router is named by address and port."""
     ip, port = config.engine.sglang_router_ip, config.engine.sglang_router_port
@@ -240,6 +270,9 @@ RULES = (
     one_way_to_describe_engines,
     engines_elsewhere_share_no_devices,
     addresses_are_addresses,
+    engines_elsewhere_are_named_once,
+    memory_is_given_back_or_kept,
+    environment_is_text,
     router_address_is_complete,
     epochs_need_a_data_set,
     flops_balance_needs_dynamic_batches,

@@ -6,6 +6,7 @@ import re
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 
@@ -56,7 +57,7 @@ GPUS = Machine(cores=64, num_gpus=8, has_sglang=True)
          "--rollout-engine embedded .* --device cpu"),
         (GPUS, "--device cuda --actor-num-gpus-per-node 1 --rollout-num-gpus 1 --distributed-backend gloo", "use nccl"),
         (GPUS, "--device cuda --colocate --actor-num-gpus-per-node 1 --sglang-dtype float16",
-         "--sglang-dtype float16 .* trainer in bf16"),
+         "--sglang-dtype float16 .* as they are trained"),
         (GPUS, "--device cuda --colocate --actor-num-gpus-per-node 1 --sglang-quantization fp8",
          "--sglang-quantization fp8 .* leave it out"),
     ],
@@ -87,6 +88,23 @@ def test_what_they_can_do_is_not(
 ) -> None:
     monkeypatch.setattr("slime.arguments.build.look_at_machine", lambda: machine)
     assert parse_args(right_command_line(files, words)).plan.device.value == words.split()[1]
+
+
+def test_overrides_of_engines_that_get_weights_are_refused_like_flags(
+    files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A judge's weights are its own."""
+    monkeypatch.setattr("slime.arguments.build.look_at_machine", lambda: GPUS)
+    group = "{num_gpus: 2, overrides: {quantization: fp8}}"
+    path = tmp_path / "engines.yaml"
+    words = right_command_line(files, f"--device cuda --actor-num-gpus-per-node 2 --sglang-config {path}")
+    path.write_text(f"sglang: [{{name: actor, server_groups: [{group}]}}]")
+    assert "the override of actor, quantization: fp8 is not built yet" in refusal(words, capsys)
+    path.write_text(
+        f"sglang: [{{name: actor, server_groups: [{{num_gpus: 2}}]}},\n"
+        f"         {{name: judge, model_path: /judge, server_groups: [{group}]}}]"
+    )
+    assert len(parse_args(words).engine_groups) == 2
 
 
 def refusal(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:

@@ -286,6 +286,12 @@ WRONG_COMMAND_LINES = (
           "--recompute-granularity full --recompute-method uniform --recompute-num-layers 3",
           "--recompute-num-layers 3", "use 2"),
     # what is passed on to servers
+    Wrong("a variable that is a number", """--train-env-vars '{"NCCL_DEBUG": 1}'""", "--train-env-vars",
+          """'{"NCCL_DEBUG": "1"}'"""),
+    Wrong("both sides and not one of them", "--colocate --offload --no-offload-train", "--no-offload-train",
+          "--offload-rollout"),
+    Wrong("a server that is named twice", "--rollout-external-engine-addrs 10.0.0.1:80 10.0.0.1:80", "10.0.0.1:80",
+          "once"),
     Wrong("a share of a GPU in percent", "--sglang-mem-fraction-static 40", "--sglang-mem-fraction-static",
           "below 1"),
     Wrong("an address of a server", "--sglang-host 0.0.0.0", "--sglang-host", "leave it out"),

@@ -87,6 +87,17 @@ def test_the_trained_model_is_known_by_its_path() -> None:
         ({"sglang": [model(group(0))]}, {}, "num_gpus 0"),
         ({"sglang": [model(group(1, overrides={"tp_size": 2}))]}, {}, "overrides tp_size, which the run decides"),
         (
+            {"sglang": [model(group(1, overrides={"disaggregation_mode": "prefill"}))]},
+            {},
+            "overrides disaggregation_mode",
+        ),
+        (
+            {"sglang": [model(group(1, overrides={"mem_fraction_static": 80}))]},
+            {},
+            "mem_fraction_static 80; give",
+        ),
+        ({"sglang": [model(group(True))]}, {}, "num_gpus True"),
+        (
             {"sglang": [model(group(1, overrides={"random_seed": 2}))]},
             {},
             "overrides random_seed, which the run decides",
