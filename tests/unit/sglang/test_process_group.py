@@ -1,6 +1,8 @@
 """Weights over gloo: an engine in another process receives what the trainer's side broadcasts, or says why not."""
 
+import contextlib
 import multiprocessing
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -17,21 +19,23 @@ from slime.weight_sync.process_group import DistributedTransport, WeightGroup, j
 HOST = "127.0.0.1"
 
 
-def receive(group: WeightGroup, names, dtypes, shapes, group_name) -> dict[str, torch.Tensor]:
+def receive(group: WeightGroup, device, names, dtypes, shapes, group_name) -> dict[str, torch.Tensor]:
     """One broadcast of all bytes, read as SGLang reads a flattened bucket."""
     sizes = [
         torch.Size(shape).numel() * getattr(torch, dtype).itemsize for shape, dtype in zip(shapes, dtypes, strict=True)
     ]
-    whole = torch.empty(sum(sizes), dtype=torch.uint8)
+    whole = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
     group.broadcast([whole])
     return {
-        name: part.view(getattr(torch, dtype)).reshape(shape)
+        name: part.cpu().view(getattr(torch, dtype)).reshape(shape)
         for name, part, dtype, shape in zip(names, whole.split(sizes), dtypes, shapes, strict=True)
     }
 
 
-def serve(calls: Connection) -> None:
-    """The engine's process: joins groups, receives tensors, and gives back their sums."""
+def serve(calls: Connection, gpu: int | None) -> None:
+    """The engine's process: joins groups, and gives back what it receives."""
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)
     groups: dict[str, WeightGroup] = {}
     while (call := calls.recv()) is not None:
         name, arguments = call
@@ -44,30 +48,34 @@ def serve(calls: Connection) -> None:
                     groups.pop(arguments).close()
                 calls.send(None)
             else:
-                calls.send(receive(groups[arguments["group_name"]], **arguments))
+                calls.send(receive(groups[arguments["group_name"]], "cpu" if gpu is None else "cuda", **arguments))
         except Exception as error:
             calls.send(error)
 
 
 class EngineInAnotherProcess:
-    """What `DistributedTransport` asks of an engine, answered by `serve` in a forked process."""
+    """What `DistributedTransport` asks of an engine, answered by `serve` in another process, maybe on a GPU."""
 
-    def __init__(self, index: int) -> None:
+    def __init__(self, index: int, gpu: int | None = None) -> None:
         self.name, self.url = f"engine {index}", f"http://{HOST}:{index}"
         self.received: dict[str, torch.Tensor] = {}
         self.log: list[str] = []
         self.refuses: str | None = None
-        context = multiprocessing.get_context("fork")
+        context = multiprocessing.get_context("fork" if gpu is None else "spawn")
         self._calls, theirs = context.Pipe()
-        self._process = context.Process(target=serve, args=(theirs,), daemon=True)
+        self._process = context.Process(target=serve, args=(theirs, gpu), daemon=True)
         self._process.start()
+        theirs.close()
 
     def _ask(self, name, arguments):
         self.log.append(name)
         if self.refuses == name:
             raise EngineError(f"{self.name} ({self.url}) was asked to {name}: 400 no")
-        self._calls.send((name, arguments))
-        answer = self._calls.recv()
+        try:
+            self._calls.send((name, arguments))
+            answer = self._calls.recv()
+        except (EOFError, OSError) as error:
+            raise EngineError(f"{self.name} ({self.url}) was asked to {name}: no connection") from error
         if isinstance(answer, Exception):
             raise answer
         return answer
@@ -90,10 +98,15 @@ class EngineInAnotherProcess:
     def set_weight_version(self, version):
         self.log.append(f"version {version}")
 
-    def close(self):
-        self._calls.send(None)
-        self._process.join(5)
+    def kill(self):
         self._process.kill()
+        self._process.join()
+
+    def close(self):
+        with contextlib.suppress(OSError):
+            self._calls.send(None)
+        self._process.join(5)
+        self.kill()
 
 
 @pytest.fixture
