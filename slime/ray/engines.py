@@ -230,6 +230,10 @@ class Engines:
         """End all requests, and begin none."""
         self._on_all(lambda place, engine: engine.pause("abort"))
 
+    def forget_caches(self) -> None:
+        """Engines without requests forget the keys and values that they computed, maybe with older weights."""
+        self._on_all(lambda place, engine: engine.flush_cache(only_if_idle=True))
+
     def release_memory(self) -> None:
         """Give back weights and caches of every engine that shares its devices."""
 

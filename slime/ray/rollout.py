@@ -184,6 +184,8 @@ class RolloutController(Pulse):
         if self.args.debug_train_only:
             return {}
         with self._engines_use.for_an_evaluation():
+            if self._engines is not None and self.args.pause_generation_mode == "in_place":
+                self._engines.forget_caches()  # the sync before met requests, which kept their engine's cache
             self._evaluate(rollout_id)
             return self.take_metrics()
 

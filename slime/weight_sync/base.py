@@ -46,8 +46,8 @@ class WeightEngine(Protocol):
     def resume(self) -> None:
         """Generate again."""
 
-    def flush_cache(self) -> None:
-        """Forget keys and values that older weights computed."""
+    def flush_cache(self, *, only_if_idle: bool = False) -> None:
+        """Forget keys and values that older weights computed; with `only_if_idle` not while there are requests."""
 
     def update_weights_from_disk(self, path: str, version: str) -> None: ...
 

@@ -141,8 +141,9 @@ class WeightSync:
         digests = self._expected_digests()
         with _phase(report, "pause"):
             self._on_all(lambda engine: engine.pause(self._pause_mode))
-            if self._pause_mode != "in_place":  # frozen requests keep their keys and values, and an engine its cache
-                self._on_all(lambda engine: engine.flush_cache())
+            # Frozen requests keep their keys and values; where there are none, nothing of older weights may stay.
+            is_frozen = self._pause_mode == "in_place"
+            self._on_all(lambda engine: engine.flush_cache(only_if_idle=is_frozen))
         while True:
             with _phase(report, "gather"):
                 bucket = next(buckets, None)

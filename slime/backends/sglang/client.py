@@ -18,6 +18,7 @@ from slime.weight_sync.base import EngineError
 
 _FLUSH_RETRY_S = 0.02
 _HEALTH_TIMEOUT_S = 5.0
+_KEEPALIVE_S = 3.0  # less than the five seconds after which a server closes an idle connection, maybe under a request
 _MAX_REPLY_CHARS = 1500
 
 
@@ -43,7 +44,12 @@ class SGLangClient:
         self._control = {} if api_key else control_header()
         # Engines are ours and near: a proxy of the environment must not come between.
         self._http = httpx.Client(
-            base_url=self.url, headers=headers, timeout=timeout_s, trust_env=False, verify=tls_context()
+            base_url=self.url,
+            headers=headers,
+            timeout=timeout_s,
+            limits=httpx.Limits(keepalive_expiry=_KEEPALIVE_S),
+            trust_env=False,
+            verify=tls_context(),
         )
 
     def health(self) -> bool:
@@ -88,12 +94,16 @@ class SGLangClient:
     def resume(self) -> None:
         self._post("/continue_generation", {})
 
-    def flush_cache(self) -> None:
-        """Forget all keys and values. Asked again for `timeout_s` while the engine still clears aborted requests."""
+    def flush_cache(self, *, only_if_idle: bool = False) -> None:
+        """Forget all keys and values.
+
+        Asked again for `timeout_s` while the engine still clears aborted requests; with `only_if_idle` once, and an
+        engine that has requests keeps its cache.
+        """
         deadline = time.monotonic() + self._timeout_s
         while True:
             reply = self._send("POST", "/flush_cache", None)
-            if reply.status_code == 200:
+            if reply.status_code == 200 or (only_if_idle and reply.status_code == 400):
                 return
             if reply.status_code != 400 or time.monotonic() > deadline:
                 raise self._error("POST /flush_cache", _describe(reply))

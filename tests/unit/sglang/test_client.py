@@ -1,5 +1,8 @@
 """Every call to an engine is the right request, and every failure names the engine, the call and the reply."""
 
+import contextlib
+import socket
+import threading
 import time
 
 import pytest
@@ -167,6 +170,15 @@ def test_a_flush_is_asked_again_while_aborted_requests_are_cleared(fake_engine, 
     assert len(fake_engine.asked) == 3
 
 
+def test_a_busy_engine_may_keep_its_cache_if_that_was_said(fake_engine, client):
+    fake_engine.replies["/flush_cache"] = [(400, "pending requests"), (200, "Cache flushed."), (500, "broken")]
+    client.flush_cache(only_if_idle=True)
+    assert len(fake_engine.asked) == 1
+    client.flush_cache(only_if_idle=True)
+    with pytest.raises(EngineError, match=r"POST /flush_cache: 500 broken"):
+        client.flush_cache(only_if_idle=True)
+
+
 @pytest.mark.parametrize(("tags", "payload"), [(None, {}), (["kv_cache"], {"tags": ["kv_cache"]})])
 def test_memory_is_given_back_only_once_the_engine_is_idle(fake_engine, client, tags, payload):
     """A server that is asked sooner ends: its last reply goes out a step before it has nothing to do."""
@@ -230,3 +242,32 @@ def test_a_proxy_of_the_environment_is_not_used(fake_engine, monkeypatch):
     fake_engine.replies["/continue_generation"] = OK
     SGLangClient(fake_engine.url, name="engine 7").resume()
     assert len(fake_engine.asked) == 1
+
+
+def test_a_connection_that_was_idle_is_not_trusted_with_a_request(monkeypatch):
+    """This server drops a connection under its second request, as one does whose patience with idle ones just ended."""
+    monkeypatch.setattr("slime.backends.sglang.client._KEEPALIVE_S", 0.05)
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def serve_one_request(connection: socket.socket) -> None:
+        with connection:
+            connection.recv(65536)
+            connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}")
+            connection.recv(65536)
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=serve_one_request, args=(listener.accept()[0],), daemon=True).start()
+
+    threading.Thread(target=serve, daemon=True).start()
+    client = SGLangClient(f"http://127.0.0.1:{listener.getsockname()[1]}", name="engine 7", timeout_s=5.0)
+    try:
+        client.resume()
+        time.sleep(0.2)
+        client.resume()
+        with pytest.raises(EngineError, match="no connection"):
+            client.resume()
+    finally:
+        client.close()
+        listener.close()

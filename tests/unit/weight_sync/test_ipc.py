@@ -67,7 +67,7 @@ class FakeEngine:
     def pause(self, mode: str = "abort") -> None:
         self._fail_at("pause")
 
-    def flush_cache(self) -> None:
+    def flush_cache(self, *, only_if_idle: bool = False) -> None:
         """Nothing is cached."""
 
     def _fail_at(self, call: str) -> None:

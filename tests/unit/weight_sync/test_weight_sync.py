@@ -65,8 +65,8 @@ class FakeEngine:
         self.calls.append("resume")
         self.is_paused = False
 
-    def flush_cache(self) -> None:
-        self.calls.append("flush")
+    def flush_cache(self, *, only_if_idle: bool = False) -> None:
+        self.calls.append("flush if idle" if only_if_idle else "flush")
 
     def update_weights_from_shared_memory(self, manifest: dict[str, Any]) -> None:
         assert self.is_paused
@@ -88,15 +88,25 @@ class FakeEngine:
         return self.version
 
 
-def make_sync(folder: Path, engines: Sequence[FakeEngine], transport: Any = None, size: int = 40) -> WeightSync:
+def make_sync(
+    folder: Path, engines: Sequence[FakeEngine], transport: Any = None, size: int = 40, mode: str = "abort"
+) -> WeightSync:
     sync = WeightSync(
         Source(weights(seed=1)),
         transport=transport or SharedMemoryTransport(folder),
         expected_digests=TensorDigests,
         bucket_size_bytes=size,
+        pause_mode=mode,
     )
     sync.connect(engines)
     return sync
+
+
+def test_a_cache_stays_only_where_frozen_requests_need_it(tmp_path: Path) -> None:
+    for mode, flush in (("abort", "flush"), ("retract", "flush"), ("in_place", "flush if idle")):
+        engine = FakeEngine(tmp_path)
+        make_sync(tmp_path, [engine], mode=mode).sync(1)
+        assert engine.calls == [f"pause {mode}", flush, "resume"]
 
 
 def test_every_engine_holds_the_trainers_bytes_and_generates_again(
