@@ -91,6 +91,11 @@ def choose_dtype(config: Config, device: str) -> Choice:
     if megatron.get("fp16"):
         return Choice("fp16", "--fp16")
     if "bf16" in given and not megatron.get("bf16"):
+        if device == "cuda":
+            raise ConfigError(
+                "--no-bf16 leaves float32, in which the attention kernels of GPUs do not compute; "
+                "leave it out, or give --fp16"
+            )
         return Choice("fp32", "--no-bf16")
     if device == "cuda":
         return Choice("bf16", "--bf16" if "bf16" in given else "GPU")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slime.backends.megatron.head import HeadOptions, VocabShard, over_the_vocabulary, padded_like
+from slime.backends.megatron.head import HeadOptions, VocabShard, over_the_vocabulary, padded_like, rows_of
 from slime.backends.megatron.triton_kernels import logit_stats, logits_to_gradients
 
 DEFAULT_CHUNK_ROWS = 4096
@@ -33,15 +33,11 @@ class _ResponseLogProbs(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, shard: VocabShard, options: HeadOptions
     ) -> tuple[Tensor, Tensor]:
-        live = weight[: shard.size]
-        local = targets - shard.start
-        is_here = (local >= 0) & (local < shard.size)
-        local = local.masked_fill(~is_here, 0)
-        num_rows = hidden.size(0)
-        needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        num_kept = min(num_rows, options.keep_bytes // (live.size(0) * live.element_size())) if needs_grad else 0
-        kept = hidden.new_empty(num_kept, shard.size)
-        scratch = hidden.new_empty(min(num_rows - num_kept, _chunk_rows(options)), shard.size)
+        live, local, is_here, kept, scratch = rows_of(
+            hidden, weight, targets, shard,
+            keep_bytes=options.keep_bytes if any(ctx.needs_input_grad[:2]) else 0, chunk_rows=_chunk_rows(options),
+        )  # fmt: skip
+        num_rows, num_kept = hidden.size(0), kept.size(0)
 
         stats = torch.empty(3, num_rows, device=hidden.device)
         for rows in _chunks(num_rows, num_kept, options):
@@ -63,10 +59,7 @@ class _ResponseLogProbs(torch.autograd.Function):
         if kept is None:
             raise RuntimeError("The kept logits were overwritten by their gradient: this head goes backward only once.")
         ctx.kept = None
-        grad_log_probs, grad_entropy = (
-            grad_log_probs.contiguous(),
-            grad_entropy.contiguous(),
-        )  # as kernels read them
+        grad_log_probs, grad_entropy = grad_log_probs.contiguous(), grad_entropy.contiguous()  # as kernels read them
         live = weight[: ctx.shard.size]
         num_rows, num_kept = hidden.size(0), kept.size(0)
         # From the log-probability: 1 - p has no digits left where p is nearly 1.

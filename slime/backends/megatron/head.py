@@ -10,7 +10,7 @@ gradient of the logits over that. Rows beyond the budget are computed again, chu
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -81,20 +81,49 @@ def response_log_probs(
     return log_probs, entropy if options.with_entropy else None
 
 
+class Rows(NamedTuple):
+    """The rows of a head, before their logits are computed.
+
+    Attributes:
+        live: [V, h] weights of the ids on this rank.
+        local: [N] column of each target, 0 where it lies on another rank.
+        is_here: [N] bool, whether the target lies on this rank.
+        kept: [K, V] for what the backward pass finds again.
+        scratch: [at most C, V] for the logits of a chunk.
+    """
+
+    live: Tensor
+    local: Tensor
+    is_here: Tensor
+    kept: Tensor
+    scratch: Tensor
+
+
+def rows_of(
+    hidden: Tensor, weight: Tensor, targets: Tensor, shard: VocabShard, *, keep_bytes: int, chunk_rows: int
+) -> Rows:
+    """See there."""
+    live = weight[: shard.size]
+    local = targets - shard.start
+    is_here = (local >= 0) & (local < shard.size)
+    num_rows = hidden.size(0)
+    num_kept = min(num_rows, keep_bytes // (live.size(0) * live.element_size()))
+    kept = hidden.new_empty(num_kept, shard.size)
+    scratch = hidden.new_empty(min(num_rows - num_kept, chunk_rows), shard.size)
+    return Rows(live, local.masked_fill(~is_here, 0), is_here, kept, scratch)
+
+
 class _ResponseLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, shard: VocabShard, options: HeadOptions
     ) -> tuple[Tensor, Tensor]:
-        live = weight[: shard.size]
-        local = targets - shard.start
-        is_here = (local >= 0) & (local < shard.size)
-        local = local.masked_fill(~is_here, 0)
-        num_rows = hidden.size(0)
-        needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        num_kept = _rows_to_keep(num_rows, live, options) if needs_grad else 0
-        softmax = hidden.new_empty(num_kept, shard.size)
-        scratch = hidden.new_empty(min(num_rows - num_kept, _chunk_rows(options)), shard.size)
+        keeps = any(ctx.needs_input_grad[:2]) and not options.entropy_has_grad
+        live, local, is_here, softmax, scratch = rows_of(
+            hidden, weight, targets, shard,
+            keep_bytes=options.keep_bytes if keeps else 0, chunk_rows=_chunk_rows(options),
+        )  # fmt: skip
+        num_rows, num_kept = hidden.size(0), softmax.size(0)
 
         # per row: log of the sum of exponentials, logit of the target, mean logit under the softmax
         stats = torch.zeros(3, num_rows, device=hidden.device)
@@ -162,12 +191,6 @@ class _ResponseLogProbs(torch.autograd.Function):
                     product(logits.t(), hidden[rows].t())
                 )  # chunks add up in float32
         return grad_hidden, None if grad_weight is None else padded_like(grad_weight, weight), None, None, None
-
-
-def _rows_to_keep(num_rows: int, live: Tensor, options: HeadOptions) -> int:
-    if options.entropy_has_grad:
-        return 0
-    return min(num_rows, options.keep_bytes // (live.size(0) * live.element_size()))
 
 
 def _chunk_rows(options: HeadOptions) -> int:

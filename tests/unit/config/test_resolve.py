@@ -133,6 +133,12 @@ def test_a_cpu_computes_in_bf16_only_where_it_can(
     assert p.updates["bf16"] is (dtype == "bf16")
 
 
+def test_a_gpu_does_not_train_in_float32() -> None:
+    """Its attention kernels would say so in the first step, minutes later."""
+    with pytest.raises(ConfigError, match="--no-bf16 leaves float32.*give --fp16"):
+        plan(GPU_BOX, actor_num_gpus_per_node=4, rollout_num_gpus=4, bf16=False)
+
+
 def test_too_few_devices_shows_both_numbers() -> None:
     with pytest.raises(ConfigError, match=r"needs 20 devices .* has 16 CPU devices"):
         plan(actor_num_gpus_per_node=10, rollout_num_gpus=10)

@@ -104,6 +104,25 @@ def test_the_head_equals_the_plain_one(kept: int, entropy_has_grad: bool) -> Non
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
 
 
+def test_logits_beyond_the_reach_of_a_short_integer_are_found() -> None:
+    """16,384 rows of a vocabulary of 151,936 are more than 2^31 numbers; here four rows that lie 2^30 apart."""
+    apart, columns = 1 << 30, 9000
+    memory = torch.empty(3 * apart + columns, dtype=torch.bfloat16, device=DEVICE)  # of which few pages are touched
+    logits = memory.as_strided((4, columns), (apart, 1))
+    logits.copy_(_drawn(4, columns).detach())
+    targets = torch.tensor([0, 8999, 8191, 8192], device=DEVICE)
+    values = logits.float()
+    stats = torch.empty(3, 4, device=DEVICE)
+    triton_kernels.logit_stats(logits, targets, stats, 1.0)
+    torch.testing.assert_close(stats[0], values.logsumexp(1))
+    torch.testing.assert_close(stats[1], values.gather(1, targets[:, None]).squeeze(1))
+    grad = torch.arange(1.0, 5.0, device=DEVICE)
+    is_here, at_target = torch.ones(4, dtype=torch.bool, device=DEVICE), -grad
+    triton_kernels.logits_to_gradients(logits, targets, is_here, stats[0], stats[2], at_target, grad, None, 1.0)
+    expected = (-grad[:, None] * values.softmax(1)).scatter(1, targets[:, None], at_target[:, None])
+    torch.testing.assert_close(logits.float(), expected, rtol=0.02, atol=1e-6)
+
+
 def test_the_head_goes_backward_only_once() -> None:
     hidden, weight = _drawn(3, 8), _drawn(20, 8, seed=1)
     options = HeadOptions()
