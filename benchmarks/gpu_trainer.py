@@ -7,13 +7,16 @@ tokens, a loss on every position: 16 x 1,024 and 1 x 16,384. Our side is the tra
 train.py through `MegatronTrainer`, one rank, NCCL, distributed optimizer with float32 main weights), a step is zeroed
 gradients, forward, backward, norm, clip and Adam. Their side is transformers' model with sdpa attention, its own loss,
 clip_grad_norm_ and torch's fused AdamW on bf16 weights. Each figure is a median. A way that does not run says why.
-Before it, all attention kernels beside each other (gpu_attention.py); the table comes last.
+Before it, all attention kernels beside each other (gpu_attention.py); the table comes last, and what was wanted of it.
+
+    python benchmarks/gpu_trainer.py --tiny      # without a GPU: tries the program itself, its figures say nothing
 """
 
 # ruff: noqa: E402 (environment and path are set before torch and slime are imported)
 import argparse
 import gc
 import json
+import logging
 import os
 import statistics
 import subprocess
@@ -54,6 +57,7 @@ TINY = SHAPE | {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers":
                 "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 999}  # fmt: skip
 PEAK_TFLOPS = 989.0
 """Dense bf16 of an H200, by its data sheet."""
+BASELINE = "transformers, sdpa"
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,41 @@ class Workload:
         return self.tokens.size(0) * (self.tokens.size(1) - 1)
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What a whole step of one workload must reach on an H200.
+
+    Attributes:
+        tokens_per_s: with flash attention, and where cuDNN runs.
+        ratio: to transformers in the same run; 0: none is asked for.
+    """
+
+    tokens_per_s: tuple[float, float]
+    ratio: float
+
+
+WANTED = {"16x1024": Wanted((80_000, 80_000), 1.5), "1x16384": Wanted((36_000, 45_000), 0.0)}
+
+
+class Heard(logging.Handler):
+    """What the attention kernels say of themselves: shown at once, and kept until it is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self._words: list[str] = []
+        logger = logging.getLogger("slime.backends.megatron.gpu_attention")
+        logger.setLevel(logging.INFO)
+        logger.addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._words.append(record.getMessage())
+        progress(record.getMessage())
+
+    def taken(self) -> str:
+        words, self._words = self._words, []
+        return "" if not words else "cuDNN refused" if any("does not run" in each for each in words) else "cuDNN"
+
+
 @dataclass
 class Figures:
     """What was seen of one way on one workload.
@@ -79,6 +118,7 @@ class Figures:
     Attributes:
         parts: medians in seconds of forward and backward, and of the optimizer.
         peak_bytes: most memory that tensors held.
+        attention: what the trainer said of cuDNN while it ran; empty for flash attention alone.
         problem: why it did not run.
         groups: kernel -> (milliseconds, launches) of one step, if profiled.
     """
@@ -88,6 +128,7 @@ class Figures:
     parts: tuple[float, float] | None = None
     loss: float = 0.0
     peak_bytes: int = 0
+    attention: str = ""
     problem: str | None = None
     groups: dict[str, tuple[float, int]] = field(default_factory=dict)
 
@@ -289,12 +330,12 @@ def reported(results: list[Figures], way: str, workload: str) -> Iterator[None]:
         results.append(Figures(way, workload, problem=f"{type(error).__name__}: {text}"))
 
 
-def choices() -> dict[str, Any]:
+def choices(device: torch.device) -> dict[str, Any]:
     """Name of each way of our trainer -> what to force of `slime.backends.megatron.kernels`."""
-    try:
-        from slime.backends.megatron.kernels import ATTENTION_NAMES, POINTWISE_NAMES
-    except ImportError:
-        return {"as it is": None}
+    from slime.backends.megatron.kernels import ATTENTION_NAMES, CPU, POINTWISE_NAMES
+
+    if device.type == "cpu":
+        return {CPU.name: None}
     ways: dict[str, Any] = {}
     for pointwise in POINTWISE_NAMES:
         ways[f"{pointwise}, {ATTENTION_NAMES[0]}"] = {"pointwise": pointwise, "attention": ATTENTION_NAMES[0]}
@@ -319,6 +360,7 @@ def compare(options: Namespace, folder: Path, works: Sequence[Workload], shape: 
     """All ways on all workloads, transformers first."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     results: list[Figures] = []
+    heard = Heard()
     model = save_model(shape, folder, device)
     progress("model made")
 
@@ -332,6 +374,7 @@ def compare(options: Namespace, folder: Path, works: Sequence[Workload], shape: 
             for work in works:
                 with reported(results, way, work.name):
                     figures = measure(way, work, side.parts(work), options)
+                    figures.attention = heard.taken()
                     results.append(figures)
                     progress(f"{way} {work.name}: {figures.parts} s, loss {figures.loss:.4f}")
                 _free(device)
@@ -340,8 +383,8 @@ def compare(options: Namespace, folder: Path, works: Sequence[Workload], shape: 
             del side
         _free(device)
 
-    run("transformers, sdpa", lambda: Theirs(model, device))
-    for way, choice in choices().items():
+    run(BASELINE, lambda: Theirs(model, device))
+    for way, choice in choices(device).items():
         with forced(choice):
             run(f"slime: {way}", lambda: Ours(run_args(model, folder, device.type, options.flags)))
     return results
@@ -388,7 +431,8 @@ def print_tables(results: Sequence[Figures], works: Sequence[Workload], shape: d
                 print(f"  {milliseconds:8.2f} ms {count:6d} x  {name}")
     print(f"\nrepeats as given; share of {PEAK_TFLOPS:.0f} TFLOP/s; ratio to transformers in this run")
     columns = ["positions", "way", "tokens/s", "ratio", "forward+backward, ms", "optimizer, ms", "share", "peak GiB"]
-    print(f"| {' | '.join([*columns, 'loss'])} |\n{'|---' * (len(columns) + 1)}|")
+    print(f"| {' | '.join([*columns, 'loss', 'cuDNN'])} |\n{'|---' * (len(columns) + 2)}|")
+    verdicts = []
     for work in works:
         speeds: dict[str, float] = {}
         for figures in results:
@@ -399,13 +443,28 @@ def print_tables(results: Sequence[Figures], works: Sequence[Workload], shape: d
                 continue
             step = sum(figures.parts)
             speeds[figures.way] = work.num_positions / step
-            ratio = speeds[figures.way] / speeds.get("transformers, sdpa", float("nan"))
+            ratio = speeds[figures.way] / speeds.get(BASELINE, float("nan"))
             share = floating_point_operations(shape, work) / step / PEAK_TFLOPS / 1e12
             forward_backward, optimizer = (1e3 * part for part in figures.parts)
             print(
                 f"| {work.name} | {figures.way} | {speeds[figures.way]:,.0f} | {ratio:.2f} | {forward_backward:.1f} "
-                f"| {optimizer:.1f} | {share:.1%} | {figures.peak_bytes / 2**30:.1f} | {figures.loss:.4f} |"
+                f"| {optimizer:.1f} | {share:.1%} | {figures.peak_bytes / 2**30:.1f} | {figures.loss:.4f} "
+                f"| {figures.attention or '-'} |"
             )
+            if work.name in WANTED and figures.way != BASELINE:
+                verdicts.append(verdict(figures, WANTED[work.name], speeds[figures.way], ratio))
+    print("\n" + "\n".join(verdicts))
+
+
+def verdict(figures: Figures, wanted: Wanted, speed: float, ratio: float) -> str:
+    """One line: what was wanted and seen. A ratio without transformers' figure is not reached."""
+    least = wanted.tokens_per_s[figures.attention == "cuDNN"]
+    asked = f"{least:,.0f} tokens/s" + (f" and {wanted.ratio} x transformers" if wanted.ratio else "")
+    is_met = speed >= least and (not wanted.ratio or ratio >= wanted.ratio)
+    return (
+        f"{figures.workload}, {figures.way}: {speed:,.0f} tokens/s, {ratio:.2f} x transformers; "
+        f"wanted {asked}: {'met' if is_met else 'NOT met'}"
+    )
 
 
 def main() -> int:
@@ -421,7 +480,8 @@ def main() -> int:
     options = parser.parse_args()
     options.flags = [word if word[0].isdigit() else f"--{word}" for word in options.flags]
     warnings.filterwarnings("ignore")
-    attention = "" if options.no_attention else attention_table()
+    on_gpu = torch.cuda.is_available()
+    attention = attention_table() if on_gpu and not options.no_attention else ""
     shape, results = (TINY if options.tiny else SHAPE), []
     generator = torch.Generator().manual_seed(0)
     packings = {"4x32": (4, 32), "1x128": (1, 128)} if options.tiny else {"16x1024": (16, 1024), "1x16384": (1, 16384)}
@@ -434,7 +494,7 @@ def main() -> int:
             results = compare(options, Path(folder), works, shape)
     print(f"\n{attention}")
     print_tables(results, works, shape)
-    print(f"\ntorch {torch.__version__}, {torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'}")
+    print(f"\ntorch {torch.__version__}, {torch.cuda.get_device_name() if on_gpu else 'CPU'}")
     return 0
 
 

@@ -37,6 +37,38 @@ def test_the_trainer_and_transformers_agree_on_the_loss_that_is_timed(repository
         assert ours == pytest.approx(theirs, abs=2e-4)
 
 
+def test_the_gpu_benchmark_runs_whole_on_a_cpu(repository: Path) -> None:
+    """With a tiny model; both sides see the same loss before the first step."""
+    done = subprocess.run(
+        [sys.executable, "benchmarks/gpu_trainer.py", "--tiny", "--repeats", "1"],
+        cwd=repository,
+        env={**os.environ, "PYTHONPATH": str(repository), "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [
+        line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith(("| 4x32", "| 1x128"))
+    ]
+    assert [row[0] for row in rows] == ["4x32", "4x32", "1x128", "1x128"]
+    for theirs, ours in zip(rows[::2], rows[1::2], strict=True):
+        assert theirs[1] == "transformers, sdpa" and ours[1].startswith("slime: ")
+        assert float(ours[-2]) == pytest.approx(float(theirs[-2]), abs=2e-3)
+
+
+def test_the_gpu_benchmark_says_what_is_reached(program: Programs) -> None:
+    """More is wanted of long sequences where cuDNN runs; a ratio without transformers' figure is not reached."""
+    trainer = program("benchmarks/gpu_trainer.py")
+    figures, wanted, verdict = trainer["Figures"], trainer["WANTED"], trainer["verdict"]
+    long = [verdict(figures("slime", "1x16384", attention=taken), wanted["1x16384"], 40_000.0, 1.2)
+            for taken in ("", "cuDNN refused", "cuDNN")]  # fmt: skip
+    assert [line.rpartition(": ")[2] for line in long] == ["met", "met", "NOT met"]
+    short = [verdict(figures("slime", "16x1024"), wanted["16x1024"], 81_000.0, ratio)
+             for ratio in (1.6, 1.4, float("nan"))]  # fmt: skip
+    assert [line.rpartition(": ")[2] for line in short] == ["met", "NOT met", "NOT met"]
+
+
 def test_a_steps_costs_go_to_the_phase_and_process_that_had_them(cpu_step: dict[str, Any]) -> None:
     """Step 0 is not counted; 0.5 s of step 1 were used by a process too short to be seen."""
     edge, engine, trainer = cpu_step["Edge"], (10, 1), (11, 1)
