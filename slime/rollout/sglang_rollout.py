@@ -22,6 +22,7 @@ from slime.rollout.collection import Collection, Outcome, first_index
 from slime.rollout.custom_generate import call_generate_function
 from slime.rollout.engine_requests import _prepare_prompt_ids, prepare_request, take_reply
 from slime.rollout.eval_samples import eval_reward, eval_sample
+from slime.rollout.group_tasks import cancel, gather_or_cancel, named, next_finished, task_name, task_number
 from slime.rollout.progress import progress_bar
 from slime.rollout.rm_hub import async_rm, batched_async_rm
 from slime.rollout.sample_hooks import apply_rollout_sample_hooks
@@ -116,7 +117,7 @@ class GenerateState(metaclass=SingletonMeta):
         for group in groups:
             params = self.sampling_params.copy()
             call = generate_and_rm_group(self.args, group, params, evaluation=False)
-            self.pendings.add(asyncio.create_task(call, name=f"group-{self._num_submitted}"))
+            self.pendings.add(asyncio.create_task(call, name=task_name(self._num_submitted)))
             self._num_submitted += 1
         self.remaining_batch_size += len(groups)
 
@@ -248,8 +249,8 @@ async def generate_and_rm_group(
                 sample.session_id = session_id(args, sample, position)
             if is_deterministic(args):
                 params["sampling_seed"] = sample_seed(args, sample, position)
-        calls.append(_named(sample, generate_and_rm(args, sample, params, evaluation=evaluation)))
-    made = await _gather_or_cancel(calls)
+        calls.append(named(sample, generate_and_rm(args, sample, params, evaluation=evaluation)))
+    made = await gather_or_cancel(calls)
     if getattr(args, "group_rm", False) and not state.aborted:
         samples = flatten_samples(made)
         with trace_span(samples, "group_reward_model"):
@@ -257,32 +258,6 @@ async def generate_and_rm_group(
         for sample, reward in zip(samples, rewards, strict=True):
             sample.reward = reward
     return made
-
-
-async def _named(sample: Any, coro: Coroutine[Any, Any, Any]) -> Any:
-    """An error on its way up learns which sample it was about."""
-    try:
-        return await coro
-    except Exception as error:
-        if isinstance(sample, Sample):
-            error.add_note(f"while making sample {sample.index} of prompt {sample.group_index}")
-        raise
-
-
-async def _gather_or_cancel(coros: list[Coroutine[Any, Any, Any]]) -> list[Any]:
-    """All results in order; the first error cancels the others and is raised when they have ended."""
-    tasks = [asyncio.ensure_future(coro) for coro in coros]
-    try:
-        return list(await asyncio.gather(*tasks))
-    except BaseException:
-        await _cancel(tasks)
-        raise
-
-
-async def _cancel(tasks: Any) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 # ---- one rollout ----
@@ -308,14 +283,14 @@ async def generate_rollout_async(
         with progress_bar(collection.target, f"rollout {rollout_id}") as bar:
             while not collection.is_full:
                 _keep_in_flight(args, state, collection, data_source)
-                for task in await _next_finished(state.pendings, in_order=is_deterministic(args)):
+                for task in await next_finished(state.pendings, in_order=is_deterministic(args)):
                     state.pendings.discard(task)
-                    outcome = collection.take(_task_number(task), task.result(), state.remaining_batch_size)
+                    outcome = collection.take(task_number(task), task.result(), state.remaining_batch_size)
                     state.remaining_batch_size -= outcome.is_replaced
                     bar.update(int(outcome is Outcome.KEPT))
         aborted = await abort(args, rollout_id)
     except BaseException:
-        await _cancel(state.pendings)
+        await cancel(state.pendings)
         raise
     finally:
         state.reset()
@@ -351,23 +326,6 @@ def _keep_in_flight(
         state.submit_generate_tasks(groups)
 
 
-async def _next_finished(
-    pendings: "set[asyncio.Task[list[Any]]]", *, in_order: bool
-) -> "list[asyncio.Task[list[Any]]]":
-    """Wait for the groups that are judged next: whichever have finished or, in order, the one that was started first.
-
-    An error of a group comes up when it is its turn; in order too, so that it ends every run at the same place.
-    """
-    tasks = sorted(pendings, key=_task_number)
-    done, _ = await asyncio.wait(tasks[:1] if in_order else tasks, return_when=asyncio.FIRST_COMPLETED)
-    return sorted(done, key=_task_number)
-
-
-def _task_number(task: "asyncio.Task[Any]") -> int:
-    """Which of the rollout's drawn groups a task makes, from 0, in the order of their start."""
-    return int(task.get_name().rpartition("-")[2])
-
-
 def _load_optional(args: Namespace, flag: str) -> Callable[..., Any] | None:
     path = getattr(args, flag, None)
     return None if path is None else load_function(path)
@@ -398,7 +356,7 @@ async def abort(args: Namespace, rollout_id: int) -> list[list[Any]]:
         # A custom generate function may send another request after its first was aborted: ask again.
         await abort_servers_until_idle(await _worker_urls(args))
         done, state.pendings = await asyncio.wait(state.pendings, timeout=_ABORT_POLL_S)
-        for task in sorted(done, key=_task_number):
+        for task in sorted(done, key=task_number):
             if is_kept or task.exception() is None:
                 groups.append(task.result())
             else:  # it would have been thrown away: no reason to end the run
@@ -432,7 +390,7 @@ async def _worker_urls(args: Namespace) -> list[str]:
 
 async def eval_rollout(args: Namespace, rollout_id: int) -> tuple[RolloutFnEvalOutput, list[list[Any]]]:
     """Evaluate on every task of `args.eval_datasets`, all at once; the second value is always empty."""
-    results = await _gather_or_cancel(
+    results = await gather_or_cancel(
         [eval_rollout_single_dataset(args, rollout_id, config) for config in args.eval_datasets]
     )
     return RolloutFnEvalOutput(data={name: data for result in results for name, data in result.items()}), []
@@ -455,8 +413,8 @@ async def eval_rollout_single_dataset(
                 params = base_params.copy()
                 if is_deterministic(args):
                     params["sampling_seed"] = eval_seed(args, dataset_cfg.name, group_index, j)
-                calls.append(_named(sample, _advancing(bar, generate_and_rm(args, sample, params, evaluation=True))))
-        samples = flatten_samples(await _gather_or_cancel(calls))
+                calls.append(named(sample, _advancing(bar, generate_and_rm(args, sample, params, evaluation=True))))
+        samples = flatten_samples(await gather_or_cancel(calls))
     samples.sort(key=lambda sample: sample.index or 0)
     result = {
         "rewards": [eval_reward(args, dataset_cfg.name, sample) for sample in samples],

@@ -93,7 +93,7 @@ def test_groups_order_indices_position_and_counts_are_the_same_in_every_run(dete
 
 def test_without_the_mode_the_same_engine_gives_other_groups(deterministic_args, monkeypatch):
     """Else the test above would not test anything."""
-    monkeypatch.setattr(sglang_rollout, "_next_finished", as_they_finish(sglang_rollout._next_finished))
+    monkeypatch.setattr(sglang_rollout, "next_finished", as_they_finish(sglang_rollout.next_finished))
     kept = {
         str([line["trained"] for _, _, line, _ in rollouts(deterministic_args, seed, monkeypatch)[0]])
         for seed in range(6)
