@@ -13,6 +13,7 @@ from typing import Any
 import ray
 
 from slime.data.batch import convert_samples_to_train_data, split_train_data_by_dp
+from slime.data.shards import joined
 from slime.observability import debug_dumps, logging_utils
 from slime.observability.rollout_metrics import (
     flatten_samples,
@@ -174,7 +175,7 @@ class RolloutController(Pulse):
             return None
         train_data = convert_samples_to_train_data(self.args, samples)
         shards = split_train_data_by_dp(self.args, train_data, self._parallel_config)
-        return [Box(ray.put(shard)) for shard in shards]
+        return [Box(ray.put(joined(shard))) for shard in shards]
 
     def eval(self, rollout_id: int) -> dict[str, Any]:
         """Evaluate on every task with the weights the engines hold; -1 stands for before the first rollout.

@@ -10,6 +10,7 @@ from typing import Any
 import ray
 
 from slime.backends.base import Trainer
+from slime.data.shards import separated
 from slime.observability.logging_utils import configure_logger
 from slime.ray import cluster
 from slime.ray.engines import EngineRecord
@@ -72,7 +73,7 @@ class TrainRayActor(Pulse):
     def train(self, rollout_id: int, shards: list[Any]) -> dict[str, float]:
         """Train on this rank's shard (one `Box(ObjectRef)` a data-parallel rank)."""
         shard = ray.get(shards[self._data_parallel_rank()].inner)
-        return self.trainer.train(rollout_id, shard)
+        return self.trainer.train(rollout_id, separated(shard))
 
     def _data_parallel_rank(self) -> int:
         return int(getattr(self.trainer, "data_parallel_rank", self._rank))

@@ -31,5 +31,5 @@ def save_train_dump(args: Namespace, rollout_id: int, rank: int, data: dict[str,
 
 
 def _on_host(value: Any) -> Any:
-    """On a GPU samples are views of one tensor: sent as such, each would carry all of it."""
-    return value.detach().cpu() if isinstance(value, Tensor) else value
+    """Samples are views of one tensor: sent as such, each would carry all of it."""
+    return value.detach().clone().cpu() if isinstance(value, Tensor) else value
