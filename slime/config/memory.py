@@ -17,6 +17,8 @@ GIB = 1 << 30
 _ENGINE_MAX = 0.5
 """Of a shared GPU: keys and values beyond that rarely make decoding faster."""
 _ENGINE_MIN = 0.15
+_CACHE_MIN = 0.1
+"""Of a shared GPU, for keys and values beside an engine's weights: with less it would generate too slowly."""
 _UNCOUNTED_BYTES = 12 * GIB  # two CUDA contexts, NCCL's and cuBLAS's buffers, the engine's graphs and its activations
 _MARGIN = 1.3  # of what training allocates over what its tensors sum up to: fragments, and temporaries of the backward
 _USUAL_PROMPT_LEN = 1024
@@ -70,7 +72,8 @@ def divide_memory(
         chosen = None if given is not None else max(fraction, 0.05)
         words = f"{trainer}, which stays, {of_total}; engines {fraction:.2f}"
         return replace(placement, engine_memory_fraction=chosen), MemoryPlan(trainer_bytes, chosen, False, words)
-    fits = fraction <= left and fraction >= _ENGINE_MIN
+    engine_weights = 2 * count_parameters(values) / cluster.rollout_num_gpus_per_engine
+    fits = fraction <= left and fraction >= max(_ENGINE_MIN, engine_weights / total + _CACHE_MIN)
     if asked or not fits or config.train.release_train or config.algorithm.advantage_estimator == "ppo":
         why = "as asked" if asked else "both do not fit"
         return placement, MemoryPlan(trainer_bytes, None, False, f"{trainer} {of_total}; they take turns ({why})")

@@ -30,9 +30,9 @@ def on_a_gpu(memory_gib: int | None = 140, **values: Any) -> Config:
     return config(machine, **(defaults | {"max_tokens_per_gpu": 16384} | values))
 
 
-def divided(values: dict[str, Any], asked: Config) -> tuple[Placement, MemoryPlan]:
+def divided(values: dict[str, Any], asked: Config, parallel: Parallel = ALONE) -> tuple[Placement, MemoryPlan]:
     placement = place(asked, Choice("cuda", ""), Choice("sglang", ""))
-    placement, memory = divide_memory(asked, placement, ALONE, batch_arithmetic(asked), values)
+    placement, memory = divide_memory(asked, placement, parallel, batch_arithmetic(asked), values)
     assert memory is not None
     return placement, memory
 
@@ -53,6 +53,16 @@ def test_otherwise_they_take_turns(values: dict[str, Any], asked: Config) -> Non
     placement, memory = divided(values, asked)
     assert (placement.offload_train, placement.offload_rollout) == (True, True)
     assert placement.engine_memory_fraction is None and not memory.stays
+
+
+@pytest.mark.parametrize(("gpus_an_engine", "stay"), [(1, False), (2, True)])
+def test_an_engine_stays_only_if_its_own_weights_fit_into_its_share(gpus_an_engine: int, stay: bool) -> None:
+    """14 billion parameters, of which a trainer rank of eight has an eighth and an engine of one GPU all, 27 GiB."""
+    asked = on_a_gpu(96, max_tokens_per_gpu=4096, actor_num_gpus_per_node=8, rollout_num_gpus_per_engine=gpus_an_engine)
+    asked = dataclasses.replace(asked, machine=dataclasses.replace(asked.machine, num_gpus=8))
+    placement, memory = divided(LARGE, asked, Parallel(8, 1, 1, 1, 1, None))
+    assert memory.stays is stay
+    assert placement.offload_rollout is not stay
 
 
 def test_a_share_that_the_user_gives_the_engine_decides() -> None:
