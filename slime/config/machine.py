@@ -29,6 +29,8 @@ class Machine:
     """Whether the package sglang is installed (or another interpreter that has it is named)."""
     joins_cluster: bool = False
     """Whether a Ray cluster already runs that the run will join, so that its devices are not known here."""
+    expandable_segments: bool = False
+    """Whether the environment gives torch's CUDA allocator segments that grow."""
     started: str = "run"
     """Time of the start, for the run's default name."""
     working_dir: str = "."
@@ -50,6 +52,7 @@ def look_at_machine(environ: Mapping[str, str] = os.environ) -> Machine:
         cpu_instructions=_cpu_instructions(Path("/proc/cpuinfo")),
         has_sglang=bool(environ.get("SLIME_SGLANG_PYTHON")) or _is_installed("sglang"),
         joins_cluster=bool(environ.get("RAY_ADDRESS")),
+        expandable_segments=_has_expandable_segments(environ),
         started=time.strftime("%Y%m%d-%H%M%S"),
         working_dir=os.getcwd(),
     )
@@ -74,6 +77,11 @@ def _cpu_instructions(cpuinfo: Path) -> tuple[str, ...]:
         return ()
     flags = next((line for line in text.splitlines() if line.startswith("flags")), "").split()
     return tuple(name for name in BF16_INSTRUCTIONS if name in flags)
+
+
+def _has_expandable_segments(environ: Mapping[str, str]) -> bool:
+    settings = ",".join(environ.get(name, "") for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"))
+    return "expandable_segments:true" in settings.replace(" ", "").lower()
 
 
 def _num_gpus(environ: Mapping[str, str]) -> int:

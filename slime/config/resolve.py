@@ -319,6 +319,13 @@ def _notes(config: Config, p: Placement, engine: str, batch: Batch) -> list[str]
             f"--update-weights-interval {interval}: weights go out every rollout: engines that gave their memory back "
             "need them"
         )
+    shares_memory = p.colocate and p.device == "cuda" and config.weight_sync.update_weight_transport != "disk"
+    if config.machine.expandable_segments and shares_memory:
+        notes.append(
+            "expandable_segments in PYTORCH_ALLOC_CONF or PYTORCH_CUDA_ALLOC_CONF: engines open such memory of the "
+            "trainer only where processes may take each other's files (in a container: --cap-add SYS_PTRACE); if the "
+            "first weight sync ends an engine, unset it or take --update-weight-transport disk"
+        )
     if config.asynchronous.async_buffer_size > 1 and config.loop == "sync" and not config.is_fully_async:
         notes.append(
             f"--async-buffer-size {config.asynchronous.async_buffer_size} has no effect in train.py: use train_async.py"

@@ -3,6 +3,8 @@
 import sys
 from pathlib import Path
 
+import pytest
+
 from slime.config.machine import _cpu_instructions, _is_installed, _num_gpus, look_at_machine
 
 
@@ -38,3 +40,10 @@ def test_an_interpreter_with_sglang_counts_as_having_it() -> None:
 def test_a_cluster_is_joined_where_its_address_is_set() -> None:
     assert look_at_machine({"RAY_ADDRESS": "10.0.0.1:6379"}).joins_cluster
     assert not look_at_machine({}).joins_cluster
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_segments_that_grow_are_noticed_under_either_name(name: str) -> None:
+    assert look_at_machine({name: "garbage_collection_threshold:0.8, expandable_segments: True"}).expandable_segments
+    assert not look_at_machine({name: "expandable_segments:False"}).expandable_segments
+    assert not look_at_machine({}).expandable_segments

@@ -1,5 +1,6 @@
 """`resolve` turns a configuration into a plan; it decides from its argument alone."""
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -319,6 +320,21 @@ def test_engines_that_gave_their_memory_back_need_the_weights_every_rollout() ->
     note = "weights go out every rollout: engines that gave their memory back need them"
     assert any(note in text for text in plan(colocate=True, update_weights_interval=2).notes)
     assert not any(note in text for text in plan(update_weights_interval=2).notes)
+
+
+def test_trainer_memory_that_an_engine_may_not_open_is_noted() -> None:
+    machine = Machine(cores=16, num_gpus=2, has_sglang=True, expandable_segments=True)
+    shared = {"colocate": True, "actor_num_gpus_per_node": 1}
+
+    def notes(machine: Machine, **values: Any) -> str:
+        return " ".join(plan(machine, **values).notes)
+
+    assert "expandable_segments" in notes(machine, **shared)
+    assert "expandable_segments" not in notes(dataclasses.replace(machine, expandable_segments=False), **shared)
+    assert "expandable_segments" not in notes(
+        machine, **shared, update_weight_transport="disk", update_weight_disk_dir="w"
+    )
+    assert "expandable_segments" not in notes(machine, actor_num_gpus_per_node=1, rollout_num_gpus=1)
 
 
 @pytest.mark.parametrize(
