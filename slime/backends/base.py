@@ -128,4 +128,7 @@ class Trainer(Protocol):
 
     def wake_up(self) -> None: ...
 
+    def empty_cache(self) -> None:
+        """Give back memory that is not in use and that an allocator keeps."""
+
     def close(self) -> None: ...

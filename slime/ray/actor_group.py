@@ -9,6 +9,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from slime.backends.sglang.launch import shared_nccl_settings
 from slime.observability.run_status import ProcessInfo
 from slime.ray import cluster
+from slime.ray.engine_specs import keeps_its_size
 from slime.ray.engines import EngineRecord
 from slime.ray.liveness import THREADS
 from slime.ray.train_actor import TrainRayActor
@@ -142,6 +143,11 @@ class RayTrainGroup:
 
     def onload(self) -> None:
         self._call("wake_up", what="take memory back")
+
+    def make_room(self) -> None:
+        """Before an engine starts beside it: give back what its allocators keep for later."""
+        if keeps_its_size(self._args):
+            self._call("empty_cache", what="give back unused memory")
 
     def close(self) -> None:
         """End all ranks."""

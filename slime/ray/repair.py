@@ -37,7 +37,7 @@ class Repairs:
         Args:
             args: reads `use_fault_tolerance`.
             manager: the rollout manager, which owns the servers.
-            trainer: has `connect_engines` and `send_weights_again`; None where nothing is trained.
+            trainer: has `make_room`, `connect_engines` and `send_weights_again`; None where nothing is trained.
             on_change: called when servers have been started again: other processes run than before.
             new_version: gives every connected engine what the trainer holds, as the next version.
         """
@@ -123,12 +123,18 @@ class Repairs:
             self._question = None  # its answer may be older than the repair
 
     def _restart_with_weights(self) -> None:
-        restarted = self._ask("restart_servers", "start lost servers again")
+        restarted = self._restarted()
         if restarted and self._trainer is not None and self._trainer.weight_version > 0:
             self._bring_to_one_version(restarted)
         self.admit()
         for record in restarted:
             logger.info("%s serves again at %s with the current weights", record.name, record.url)
+
+    def _restarted(self) -> list[Any]:
+        """Lost servers started again, on GPUs where the trainer left what it does not need: the engines among them."""
+        if self._trainer is not None:
+            self._trainer.make_room()
+        return list(self._ask("restart_servers", "start lost servers again"))
 
     def _bring_to_one_version(self, restarted: list[Any]) -> None:
         """Restarted engines get the version that the others have; if the trainer is further, all get the next one."""
@@ -140,7 +146,7 @@ class Repairs:
             self._new_version()
 
     def _restart_without_weights(self) -> None:
-        self._ask("restart_servers", "start lost servers again")
+        self._restarted()
         if self._trainer is not None:
             self._trainer.connect_engines(self._ask("engine_records", "list its engines"))
 

@@ -109,6 +109,9 @@ class TrainRayActor(Pulse):
     def wake_up(self) -> None:
         self.trainer.wake_up()
 
+    def empty_cache(self) -> None:
+        self.trainer.empty_cache()
+
     def close(self) -> None:
         if self._sync is not None:
             self._sync.close()

@@ -145,6 +145,10 @@ class MegatronTrainer:
         """Undo `sleep`, exactly; nothing if awake."""
         self.job.memory.restore()
 
+    def empty_cache(self) -> None:
+        """Give back memory that is not in use and that the device's allocator keeps."""
+        self.accelerator.empty_cache()
+
     def close(self) -> None:
         """Leave the process groups."""
         if self._job is not None:

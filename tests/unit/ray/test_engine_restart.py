@@ -9,6 +9,7 @@ import pytest
 from slime.backends.base import EngineSpec
 from slime.backends.sglang.launch import server_command
 from slime.ray import engine_places as module
+from slime.ray.actor_group import RayTrainGroup
 from slime.ray.engine_places import OwnEngine
 
 TOKENS = 1_234_567
@@ -76,6 +77,19 @@ def test_where_memory_is_as_free_as_at_first_its_share_says_its_size(
 ) -> None:
     """A trainer that gives its memory back leaves its weights for a sync: more of a large model than a tenth."""
     assert starts(monkeypatch, **changes) == [{}, {}]
+
+
+@pytest.mark.parametrize(("offload_train", "asked"), [(False, ["empty_cache"]), (True, [])])
+def test_a_trainer_makes_room_for_an_engine_only_where_it_stays(
+    monkeypatch: pytest.MonkeyPatch, offload_train: bool, asked: list[str]
+) -> None:
+    """A sleeping trainer keeps nothing, and one on other devices may be at work and is not waited for."""
+    calls: list[str] = []
+    args = Namespace(device="cuda", rollout_engine="sglang", colocate=True, offload_train=offload_train)
+    trainer = RayTrainGroup(args, None)
+    monkeypatch.setattr(trainer, "_call", lambda method, **words: calls.append(method))
+    trainer.make_room()
+    assert calls == asked
 
 
 def test_the_tokens_reach_the_command_line_in_place_of_the_plans_share() -> None:

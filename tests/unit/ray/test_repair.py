@@ -58,7 +58,8 @@ def test_an_engine_is_back_with_the_current_weights_before_it_takes_requests(cal
     hands = repairs(calls, [[DEAD]], trainer=Trainer(calls, {}))
     hands.look()
     assert calls == [
-        "dead_servers", "restart_servers", ("connect_engines", [RECORD]), "send_weights_again", "engine_records",
+        "dead_servers", "make_room", "restart_servers", ("connect_engines", [RECORD]), "send_weights_again",
+        "engine_records",
         ("connect_engines", ["all"]), "admit_engines",
     ]  # fmt: skip
 
@@ -71,7 +72,7 @@ def test_where_the_trainer_has_left_the_engines_version_behind_all_get_the_next(
     arguments = Namespace(use_fault_tolerance=True)
     Repairs(arguments, manager, trainer, new_version=lambda: calls.append("new version")).look()
     assert calls == [
-        "dead_servers", "restart_servers", "engine_records", ("connect_engines", ["all"]), "new version",
+        "dead_servers", "make_room", "restart_servers", "engine_records", ("connect_engines", ["all"]), "new version",
         "admit_engines",
     ]  # fmt: skip
 
@@ -103,7 +104,7 @@ def test_a_sync_that_failed_without_a_loss_is_not_tried_again(calls: list[Any]) 
 
 def test_a_sync_that_failed_by_a_loss_finds_the_engine_started_and_connected(calls: list[Any]) -> None:
     assert repairs(calls, [[DEAD]], trainer=Trainer(calls, {})).restart_lost() is True
-    assert calls[1:] == ["restart_servers", "engine_records", ("connect_engines", ["all"])]
+    assert calls[1:] == ["make_room", "restart_servers", "engine_records", ("connect_engines", ["all"])]
 
 
 def test_a_loss_during_the_repair_is_repaired_too(calls: list[Any]) -> None:
