@@ -13,7 +13,7 @@ from slime.utils.http_utils import get, post
 
 logger = logging.getLogger(__name__)
 
-_FIRST_POLL_S = 0.1
+_FIRST_POLL_S = 0.02  # an engine ends its requests between two steps
 
 # A load reply gives the total under one of these names, or its two parts under one name each.
 _TOTAL = ("num_reqs", "num_total_reqs", "total_reqs")

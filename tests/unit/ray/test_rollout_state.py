@@ -133,6 +133,22 @@ def test_an_evaluation_and_a_rollout_are_never_made_together_and_the_evaluation_
     assert order == ["rollout 0 begins", "rollout 0 ends", "evaluation", "rollout 1 begins", "rollout 1 ends"]
 
 
+@pytest.mark.parametrize(
+    ("mode", "expected"), [("in_place", ["caches forgotten", "evaluated"]), ("abort", ["evaluated"])]
+)
+def test_an_evaluation_is_not_read_out_of_what_older_weights_computed(
+    tmp_path: Any, mode: str, expected: list[str]
+) -> None:
+    """With in_place the sync before it met requests, whose engine kept its cache; each other mode has flushed it."""
+    manager, _ = controller(tmp_path)
+    order: list[str] = []
+    manager.args.pause_generation_mode = mode
+    manager._engines = Namespace(forget_caches=lambda: order.append("caches forgotten"))  # type: ignore[assignment]
+    manager._evaluate = lambda rollout_id: order.append("evaluated")  # type: ignore[method-assign]
+    manager.eval(0)
+    assert order == expected
+
+
 def test_the_ledger_of_a_rollout_is_given_once(tmp_path: Any) -> None:
     manager, _ = controller(tmp_path)
     manager.generate(4)
