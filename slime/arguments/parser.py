@@ -166,6 +166,24 @@ def _unwrap_single_values(known: list[Flag], given: argparse.Namespace, values: 
             values[flag.dest] = values[flag.dest][0]
 
 
+_SIZE = "An engine's tensor parallel size is --rollout-num-gpus-per-engine."
+_ADDRESS = "The run chooses addresses and free ports for its servers."
+_INSTEAD = {
+    **dict.fromkeys(("--sglang-tp-size", "--sglang-tensor-parallel-size", "--sglang-tp"), _SIZE),
+    **dict.fromkeys(("--sglang-port", "--sglang-nccl-port", "--sglang-dist-init-addr"), _ADDRESS),
+    **dict.fromkeys(("--sglang-nnodes", "--sglang-node-rank"), "An engine has as many nodes as its devices fill: "
+                    "--rollout-num-gpus-per-engine and --num-gpus-per-node."),
+    **dict.fromkeys(("--sglang-base-gpu-id", "--sglang-gpu-id-step"), "Placement gives engines their devices."),
+    "--sglang-model-path": "Engines load --hf-checkpoint.",
+    "--sglang-random-seed": "The seed of engine i is --seed + i.",
+    "--sglang-trust-remote-code": "It is --trust-remote-code, for trainer and engines.",
+    "--sglang-enable-memory-saver": "Engines that give memory back have it: --colocate, --offload-rollout.",
+    "--router-host": _ADDRESS,
+    "--router-port": "A router that runs already is named by --sglang-router-ip and --sglang-router-port.",
+}  # fmt: skip
+"""Arguments of servers that slime sets itself, so that they are no flags: what decides them."""
+
+
 def _unknown_words(argv: Sequence[str], unknown: Sequence[str], names: set[str]) -> list[str]:
     """One message for each flag that nobody knows, and one for words that belong to no flag."""
     messages, follows_unknown, stray = [], False, []
@@ -178,8 +196,9 @@ def _unknown_words(argv: Sequence[str], unknown: Sequence[str], names: set[str])
         name = word.split("=", 1)[0]
         if word.startswith("-") and not re.match(r"^-\d", word):
             follows_unknown = True
+            known = _INSTEAD.get(name)
             near = did_you_mean(name, names) or " See --help and --help-all for the flags there are."
-            messages.append(f"{name}: there is no such flag.{near}")
+            messages.append(f"{name}: there is no such flag.{near if known is None else f' {known}'}")
         elif not follows_unknown:
             stray.append(word)
     if stray:

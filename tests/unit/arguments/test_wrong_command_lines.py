@@ -1,6 +1,7 @@
 """A wrong command line ends with exit code 2 and a message with the flag and what to type, before anything heavy."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from slime.arguments import parse_args
+from slime.arguments.parser import _INSTEAD, slime_flags, spellings, table_flags
 from tests.unit.arguments.wrong_command_lines import WRONG_COMMAND_LINES, Wrong
 
 HEAVY = ("torch", "ray", "transformers", "megatron", "sglang", "numpy", "sglang_router", "my_plugins")
@@ -46,6 +48,13 @@ def test_the_message_has_the_flag_and_the_fix(
 
 def test_each_command_line_breaks_another_rule() -> None:
     assert len(IN_PROCESS) == len(WRONG_COMMAND_LINES) >= 45
+
+
+def test_arguments_of_servers_that_slime_sets_are_no_flags() -> None:
+    names = spellings(flag for flags in (slime_flags(), *table_flags().values()) for flag in flags)
+    assert not names & _INSTEAD.keys()
+    told = {word for text in _INSTEAD.values() for word in re.findall(r"--[a-z-]+[a-z]", text)}
+    assert told <= names
 
 
 def test_independent_mistakes_are_reported_together(files: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -182,6 +182,8 @@ WRONG_COMMAND_LINES = (
     Wrong("a flag that does not exist", "--rolout-temperature 1", "--rolout-temperature", "--rollout-temperature"),
     Wrong("an sglang flag that does not exist", "--sglang-mem-fraction 0.8", "--sglang-mem-fraction",
           "--sglang-mem-fraction-static"),
+    Wrong("a server's argument that slime sets", "--sglang-tp-size 2", "--sglang-tp-size",
+          "--rollout-num-gpus-per-engine"),
     Wrong("an abbreviation", "--rollout-temp 1", "--rollout-temp", "--rollout-temperature"),
     Wrong("a word that belongs to no flag", "--lr 1e-5 oops", "'oops'", "quote a value"),
     Wrong("a number that is none", "--lr fast", "--lr", "1e-6"),
