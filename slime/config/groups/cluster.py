@@ -22,9 +22,10 @@ class ClusterConfig:
     rollout_num_gpus_per_engine: int = 1
     """Devices of one engine (SGLang: tensor parallel size x pipeline parallel size)."""
     num_gpus_per_node: int = 8
-    """Devices that a node really has; set it when a node has fewer than 8 and --colocate is used."""
+    """GPUs of a node. An engine that needs more fills whole nodes, so say it where nodes have another number."""
     colocate: bool = False
-    """Training and generation take turns on the same devices; each releases its memory for the other."""
+    """Training and generation take turns on the same devices; each releases its memory for the other, unless both fit
+    on the GPU, which the plan says."""
     offload: bool = False
     """Short for --offload-train and --offload-rollout."""
     offload_train: bool | None = None

@@ -65,7 +65,7 @@ class BatchConfig:
     log_probs_max_tokens_per_gpu: int | None = None
     """The same for passes without a gradient. Default: --max-tokens-per-gpu."""
     data_pad_size_multiplier: int = 128
-    """A packed batch is padded to a multiple of this times the tensor parallel size."""
+    """On GPUs a packed batch is padded to a multiple of this times the tensor parallel size, in tokens."""
     share_group_prompts: bool = True
     """Compute the prompt that a group's samples share once in a forward pass; the gradient is the same."""
     balance_data: bool = False

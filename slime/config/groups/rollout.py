@@ -92,7 +92,7 @@ class EngineConfig:
     sglang_router_ip: str | None = None
     """A router that already runs; slime starts none of its own for the first model."""
     sglang_router_port: int | None = None
-    """Its port."""
+    """Its port; without --sglang-router-ip the port of the router that slime starts. Default: a free one."""
     sglang_router_request_timeout_secs: int = 14400
     """Longest request through the router, in seconds."""
     sglang_server_concurrency: int = 512
@@ -100,7 +100,7 @@ class EngineConfig:
     prefill_num_servers: int | None = None
     """Engines that only read prompts (prefill and decode on different engines)."""
     sglang_config: str | None = None
-    """YAML that describes several groups of engines."""
+    """YAML that describes several groups of engines (docs/engines.md)."""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ class TrainConfig:
     recompute_loss_function: bool = False
     """Recompute the loss function in the backward pass instead of keeping its activations."""
     log_probs_chunk_size: int = -1
-    """Tokens for which logits exist at once when log-probs are computed; 0 or less: no chunks."""
+    """Tokens for which logits exist at once when log-probs are computed; 0 or less: 4096 on GPUs, 512 on the CPU."""
     only_train_params_name_list: list[str] | None = None
     """Train only parameters whose name matches one of these regular expressions."""
     freeze_params_name_list: list[str] | None = None
@@ -101,13 +101,15 @@ class WeightSyncConfig:
     update_weight_mode: Literal["full", "delta"] = "full"
     """Send whole weights, or only what changed."""
     update_weight_transport: Literal["nccl", "disk"] = "nccl"
-    """Through the devices' network, or through files."""
+    """nccl: through memory where trainer and engine share a device or a CPU's host, else a process group (NCCL, on CPUs
+    gloo); disk: through files in --update-weight-disk-dir."""
     update_weight_buffer_size: int = 512 * 1024 * 1024
     """Size of one bucket of weights, in bytes."""
     update_weights_interval: int = 1
-    """Rollouts between two weight syncs."""
+    """Rollouts between two weight syncs. Where engines give their memory back there is one after every rollout."""
     update_weight_disk_dir: str | None = None
-    """Folder for weights that go through files; every engine must see it."""
+    """Folder for weights that go through files, with --update-weight-transport disk; trainer and engines must see it
+    under the same path."""
     update_weight_disk_keep_files: bool = False
     """Keep these files after the engines have read them."""
     update_weight_delta_encoding: Literal["xor", "overwrite"] = "xor"
@@ -119,4 +121,4 @@ class WeightSyncConfig:
     custom_update_weight_post_write_path: str | None = None
     """Function (args, version_dir, rollout_engines), called after weight files are written."""
     check_weight_update_equal: bool = False
-    """Compare every weight of every engine with the trainer's after the first sync."""
+    """Accepted for older scripts: every sync compares every weight of every engine with the trainer's anyway."""

@@ -73,6 +73,16 @@ def test_a_recipe_runs_on_the_machine_that_it_names(
             assert plan.placement.actor_num_nodes == int(wanted.env.get("NUM_NODES", 2))
 
 
+def test_the_plan_in_the_documents_is_the_recipes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Shortened there: every line that is shown is a line of the plan."""
+    command = launched(ROOT / "scripts" / "run-qwen3-4B-8gpus.sh", tmp_path, {})
+    text = planned(command[2:], Wanted(8, 8, 4), 141 << 30, monkeypatch).as_text()
+    shown = (ROOT / "docs" / "placement.md").read_text().split("shortened:\n\n```\n")[1].split("```")[0]
+    assert [line for line in shown.splitlines() if line not in text.splitlines()] == []
+
+
 def test_flags_after_a_recipe_win(tmp_path: Path) -> None:
     command = launched(
         ROOT / "scripts" / "run-qwen3-0.6B-1gpu.sh", tmp_path, {}, "--lr", "3e-6", "--rollout-stop", "a b"
