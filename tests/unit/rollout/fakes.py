@@ -26,6 +26,8 @@ class FakeTokenizer:
         return "".join(map(chr, ids))
 
     def __call__(self, texts, add_special_tokens=True):
+        if isinstance(texts, str):
+            return {"input_ids": self.encode(texts, add_special_tokens)}
         return {"input_ids": [self.encode(text, add_special_tokens) for text in texts]}
 
     def apply_chat_template(self, messages, tools=None, tokenize=True, add_generation_prompt=False):
@@ -76,7 +78,7 @@ class FakeEngine:
     async def _generate(self, payload):
         number = len(self.requests)
         self.requests.append(payload)
-        text = "".join(map(chr, payload["input_ids"]))
+        text = payload["text"] if "text" in payload else "".join(map(chr, payload["input_ids"]))
         failure = re.search(r"fail:(\d+)", text)
         if failure and text not in self.failed:
             self.failed.add(text)
@@ -93,7 +95,7 @@ class FakeEngine:
         del self.running[number]
         self.num_answered += 1
         word = word[: payload["sampling_params"]["max_new_tokens"]]
-        return httpx.Response(200, json=self.change_reply(self.reply(number, word, finish, len(payload["input_ids"]))))
+        return httpx.Response(200, json=self.change_reply(self.reply(number, word, finish, len(text))))
 
     def reply(self, number, word, finish, prompt_tokens):
         return {
