@@ -36,7 +36,7 @@ from slime.rollout.sampling import (
 )
 from slime.rollout.staleness import assume_version, weight_clock
 from slime.utils.api_key import is_own_server
-from slime.utils.async_utils import run
+from slime.utils.async_utils import LoopSemaphore, run
 from slime.utils.data import Dataset
 from slime.utils.eval_config import EvalDatasetConfig
 from slime.utils.http_utils import _wrap_ipv6, get, get_rollout_num_engines, post
@@ -75,7 +75,7 @@ class GenerateState(metaclass=SingletonMeta):
 
     def __init__(self, args: Namespace) -> None:
         self.args = args
-        self.semaphore = asyncio.Semaphore(args.sglang_server_concurrency * max(1, get_rollout_num_engines(args)))
+        self.semaphore = LoopSemaphore(args.sglang_server_concurrency * max(1, get_rollout_num_engines(args)))
         self.sampling_params = rollout_sampling_params(args)
         if is_deterministic(args):
             # For users' own loops; `sample_seed` is what requests get here.

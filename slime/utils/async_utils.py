@@ -3,6 +3,7 @@
 import asyncio
 import os
 import threading
+import weakref
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
@@ -57,3 +58,32 @@ def run(coro: Coroutine[Any, Any, T]) -> T:
     except BaseException:
         future.cancel()
         raise
+
+
+class LoopSemaphore:
+    """A semaphore for coroutines of any event loop: each loop has one of its own with the whole limit.
+
+    An `asyncio.Semaphore` belongs to the first loop that has to wait for it, and raises in any other.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._own: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = weakref.WeakKeyDictionary()
+
+    def _of_this_loop(self) -> asyncio.Semaphore:
+        return self._own.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(self._limit))
+
+    async def acquire(self) -> bool:
+        return await self._of_this_loop().acquire()
+
+    def release(self) -> None:
+        self._of_this_loop().release()
+
+    def locked(self) -> bool:
+        return self._of_this_loop().locked()
+
+    async def __aenter__(self) -> None:
+        await self.acquire()
+
+    async def __aexit__(self, *_: object) -> None:
+        self.release()

@@ -1,5 +1,7 @@
 """Plug-ins as users keep them in folders of their own, written against nothing but the documented names."""
 
+import asyncio
+
 import pytest
 
 from slime.rollout.base_types import call_rollout_fn
@@ -161,13 +163,13 @@ async def test_a_search_agent_that_counts_its_own_tokens(engine, make_args, fold
     assert (sample.get_reward_value(args), sample.status) == (1.0, Sample.Status.COMPLETED)
 
 
-def test_a_worker_with_a_loop_of_its_own_beside_evaluations_on_slimes(engine, make_args, prompts, folder):
-    """Groups of the worker and of an evaluation are in flight on two event loops at the same time."""
+def test_a_worker_with_a_loop_of_its_own_beside_evaluations_on_slimes(engine, make_args, prompts, folder, monkeypatch):
+    """Groups of the worker and of an evaluation are in flight on two event loops, and wait for their turn on both."""
     (folder / "own_worker.py").write_text(OWN_WORKER)
-    task = EvalDatasetConfig(
-        "held", prompts("say:ok", name="held.jsonl"), input_key="prompt", label_key="label", max_response_len=8
-    )
-    args = make_args(prompt_data=prompts("a", "b", "c"), eval_datasets=[task])
+    held = prompts(*("say:ok",) * 5, name="held.jsonl")
+    task = EvalDatasetConfig("held", held, input_key="prompt", label_key="label", max_response_len=8)
+    args = make_args(prompt_data=prompts("a", "b", "c"), eval_datasets=[task], sglang_server_concurrency=1)
+    monkeypatch.setattr(engine, "_generate", delayed(engine._generate))
     source = RolloutDataSourceWithBuffer(args)
     function = load_function("own_worker.generate_rollout")
     try:
@@ -176,7 +178,15 @@ def test_a_worker_with_a_loop_of_its_own_beside_evaluations_on_slimes(engine, ma
         second = call_rollout_fn(function, args, 1, source, evaluation=False)
     finally:
         load_function("own_worker.stop")()
-    assert evaluation.data["held"]["rewards"] == [1.0]
+    assert evaluation.data["held"]["rewards"] == [1.0] * 5
     groups = [*first.samples, *second.samples]
     assert all(sample.reward == 1.0 and sample.tokens for group in groups for sample in group)
     assert len({group[0].index for group in groups}) == 4, "each group once"
+
+
+def delayed(generate):
+    async def later(payload):
+        await asyncio.sleep(0.005)
+        return await generate(payload)
+
+    return later
