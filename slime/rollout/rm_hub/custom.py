@@ -8,6 +8,7 @@ call gets one sample: which samples arrive together is a matter of timing, and a
 import argparse
 import asyncio
 import inspect
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -90,32 +91,49 @@ def _needs_path(cls: type) -> bool:
 
 
 class _RewardModel:
-    """Calls a reward object with as many samples at a time as are waiting."""
+    """Calls a reward object in a thread, with as many samples at a time as are waiting on one event loop."""
 
     def __init__(self, path: str, model: Any, max_batch: int = MAX_MODEL_BATCH) -> None:
+        self.max_batch = max_batch
+        self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reward-model")
         self._path = path
         self._model = model
-        self._max_batch = max_batch
         self._takes_labels = "labels" in inspect.signature(model.compute_reward).parameters
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reward-model")
-        self._waiting: list[tuple[Sample, asyncio.Future[Any]]] = []
+        self._waiting: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Waiting] = weakref.WeakKeyDictionary()
+
+    async def reward(self, sample: Sample) -> Any:
+        waiting = self._waiting.setdefault(asyncio.get_running_loop(), _Waiting(self))
+        return await waiting.reward(sample)
+
+    def compute(self, samples: Sequence[Sample]) -> list[Any]:
+        labels = {"labels": [sample.label for sample in samples]} if self._takes_labels else {}
+        prompts, responses = [sample.prompt for sample in samples], [sample.response for sample in samples]
+        return _checked(self._path, self._model.compute_reward(prompts, responses, **labels), len(samples))
+
+
+class _Waiting:
+    """The samples of one event loop that wait for the reward object: a future belongs to its loop."""
+
+    def __init__(self, model: _RewardModel) -> None:
+        self._model = model
+        self._samples: list[tuple[Sample, asyncio.Future[Any]]] = []
         self._runner: asyncio.Task[None] | None = None
 
     async def reward(self, sample: Sample) -> Any:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Any] = loop.create_future()
-        self._waiting.append((sample, future))
+        self._samples.append((sample, future))
         if self._runner is None or self._runner.done():
             self._runner = loop.create_task(self._run())
         return await future
 
     async def _run(self) -> None:
-        while self._waiting:
+        model, loop = self._model, asyncio.get_running_loop()
+        while self._samples:
             await asyncio.sleep(0)  # let the samples that are ready now join
-            batch, self._waiting = self._waiting[: self._max_batch], self._waiting[self._max_batch :]
+            batch, self._samples = self._samples[: model.max_batch], self._samples[model.max_batch :]
             try:
-                loop = asyncio.get_running_loop()
-                rewards = await loop.run_in_executor(self._thread, self._compute, [sample for sample, _ in batch])
+                rewards = await loop.run_in_executor(model.thread, model.compute, [sample for sample, _ in batch])
             except Exception as error:
                 for _, future in batch:
                     if not future.done():
@@ -124,8 +142,3 @@ class _RewardModel:
             for (_, future), reward in zip(batch, rewards, strict=True):
                 if not future.done():
                     future.set_result(reward)
-
-    def _compute(self, samples: Sequence[Sample]) -> list[Any]:
-        labels = {"labels": [sample.label for sample in samples]} if self._takes_labels else {}
-        prompts, responses = [sample.prompt for sample in samples], [sample.response for sample in samples]
-        return _checked(self._path, self._model.compute_reward(prompts, responses, **labels), len(samples))

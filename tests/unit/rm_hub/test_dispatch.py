@@ -5,6 +5,7 @@ import json
 import threading
 from argparse import Namespace
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,27 @@ async def test_the_class_form_is_built_once_and_gets_waiting_samples_together(tm
     cls = load_function(str(path), ("CustomRewardModel",))
     assert cls.built == ["some/model"]
     assert sum(cls.batches) == 60 and len(cls.batches) <= 6
+
+
+def test_the_class_form_answers_on_every_event_loop(tmp_path: Path) -> None:
+    """Two loops in two threads wait for one object, whose calls take long enough that both do. In debug mode a loop
+    refuses to be given a result by another thread, which would not wake it."""
+    path = tmp_path / "slow_rm.py"
+    path.write_text(
+        "import time\n\nclass CustomRewardModel:\n    def compute_reward(self, prompts, responses):\n"
+        "        time.sleep(0.05)\n        return [len(response) for response in responses]\n"
+    )
+    args = Namespace(custom_rm_path=str(path), rm_model_path=None)
+
+    async def rewards() -> list[Any]:
+        made = []
+        for _ in range(4):
+            made += await asyncio.wait_for(asyncio.gather(*(async_rm(args, a_sample("x" * n)) for n in range(3))), 10)
+        return made
+
+    with ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(lambda _: asyncio.run(rewards(), debug=True), range(2)))
+    assert found == [[0, 1, 2] * 4] * 2
 
 
 async def test_the_class_form_may_ask_for_labels_and_need_no_path(plug_in: str) -> None:
