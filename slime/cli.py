@@ -106,6 +106,7 @@ def ledger(args: argparse.Namespace) -> int:
 
 def flags(args: argparse.Namespace) -> int:
     """Print the flags whose name or help has all the words; without words, how many there are and where they stand."""
+    from slime.arguments.help_text import with_state
     from slime.arguments.parser import table_flags
     from slime.config.flags import with_help
     from slime.config.groups import GROUPS
@@ -124,7 +125,8 @@ def flags(args: argparse.Namespace) -> int:
             text = f"{' '.join(flag.names)} {flag.help}"
             if all(word in text.lower() for word in words):
                 num_found += 1
-                print(f"{flag.names[0]}  ({name}, default {flag.default!r})\n    {' '.join(flag.help.split())}")
+                text = with_state(" ".join(flag.help.split()), flag)
+                print(f"{flag.names[0]}  ({name}, default {flag.default!r})\n    {text}")
     if not num_found:
         print(f"No flag has {' and '.join(args.words)} in its name or help.", file=sys.stderr)
     return 0 if num_found else 1
@@ -143,14 +145,17 @@ def doctor(args: argparse.Namespace) -> int:
     if machine.num_gpus and machine.has_sglang:
         print("A run trains on the GPUs and generates with SGLang (--device cuda --rollout-engine sglang).")
     elif machine.num_gpus:
-        print("A run trains on the GPUs; SGLang is missing, so the embedded engine generates on the CPU.")
+        print(
+            "SGLang is missing, and without it a run on the GPUs is refused. Install it (pip install -e '.[gpu]'), set "
+            "SLIME_SGLANG_PYTHON to an interpreter that has it, or give --device cpu."
+        )
     else:
         print("A run trains on the CPU, and the embedded engine generates.")
         found = ", ".join(machine.cpu_instructions)
         print(f"bf16 on this CPU: {f'yes ({found})' if found else 'no, models run in fp32'}")
     if missing:
         print(f"Missing: {', '.join(missing)}. Install: pip install -e . (or bash scripts/quickstart.sh)")
-    return 1 if missing else 0
+    return 1 if missing or (machine.num_gpus and not machine.has_sglang) else 0
 
 
 def _print_version(package: str, purpose: str = "") -> bool:

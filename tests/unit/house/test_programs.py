@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from slime import cli
+from slime.config import Machine
 
 DAEMON_THAT_NOBODY_WAITS_FOR = """
 import os, signal, time
@@ -70,6 +71,27 @@ def test_doctor_names_what_is_installed(capsys: pytest.CaptureFixture[str]) -> N
     assert cli.main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert "megatron-core" in out and "cores" in out
+
+
+def test_a_flag_that_is_not_built_is_found_with_that_word(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["flags", "streaming-data"]) == 0
+    assert "Not built yet." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("machine", "code", "words"),
+    [
+        (Machine(cores=8, num_gpus=1, has_sglang=True), 0, "generates with SGLang"),
+        (Machine(cores=8, num_gpus=1), 1, "a run on the GPUs is refused"),
+        (Machine(cores=8), 0, "the embedded engine generates"),
+    ],
+)
+def test_doctor_says_what_a_run_would_do(
+    machine: Machine, code: int, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("slime.config.machine.look_at_machine", lambda: machine)
+    assert cli.main(["doctor"]) == code
+    assert words in capsys.readouterr().out
 
 
 def test_the_command_starts_without_large_packages(repository: Path) -> None:
