@@ -82,7 +82,9 @@ def choose_engine(config: Config, device: str) -> Choice:
         return Choice(asked, f"--rollout-engine {asked}")
     if device == "cuda" and (config.machine.has_sglang or config.machine.joins_cluster):
         return Choice("sglang", "a GPU and SGLang are there")
-    return Choice("embedded", "no GPU" if device == "cpu" else "the package sglang is not installed")
+    if device == "cpu":
+        return Choice("embedded", "on the CPU" if config.machine.num_gpus else "no GPU")
+    return Choice("embedded", "the package sglang is not installed")
 
 
 def choose_dtype(config: Config, device: str) -> Choice:

@@ -86,6 +86,11 @@ def test_a_node_that_has_fewer_gpus_than_ranks_is_refused() -> None:
         plan(GPU_BOX, colocate=True, actor_num_gpus_per_node=8, num_gpus_per_node=4)
 
 
+def test_a_gpu_that_is_not_used_is_not_denied() -> None:
+    assert plan(GPU_BOX, device="cpu").engine.reason == "on the CPU"
+    assert plan().engine.reason == "no GPU"
+
+
 def test_files_of_a_sync_that_uses_none_are_noted() -> None:
     note = "--update-weight-disk-dir has no effect without --update-weight-transport disk"
     assert note in plan(update_weight_disk_dir="w").notes
