@@ -4,7 +4,7 @@ An entry goes when its work is done. A flag belongs here only while nothing read
 """
 
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from slime.config.errors import Problems
@@ -119,13 +119,16 @@ _SECRET = {"router_api_key", "router_control_plane_api_keys"}
 
 def _of_the_engines(args: Namespace) -> Iterator[str]:
     """Settings with which an engine's weights are not the trainer's, so that no digest could prove them."""
-    settings = [("--", {name: getattr(args, f"sglang_{name}", None) for name in _OTHER_WEIGHTS})]
-    settings += [(f"the override of {g.model}, ", g.overrides) for g in args.engine_groups if g.updates_weights]
+    settings: list[tuple[str | None, Mapping[str, Any]]] = [
+        (None, {name: getattr(args, f"sglang_{name}", None) for name in _OTHER_WEIGHTS})
+    ]
+    settings += [(g.model, g.overrides) for g in args.engine_groups if g.updates_weights]
     for of, values in settings:
         for name, (fits, why) in _OTHER_WEIGHTS.items():
             value = values.get(name)
             if value and not fits(value, args.plan.dtype.value):
-                spelt = f"--sglang-{name.replace('_', '-')} {value}" if of == "--" else f"{of}{name}: {value}"
+                flag = f"--sglang-{name.replace('_', '-')}" + ("" if value is True else f" {value}")
+                spelt = flag if of is None else f"the override of {of}, {name}: {value},"
                 yield (
                     f"{spelt} is not built yet where weights are synced: the digests that prove them {why}; "
                     "leave it out"

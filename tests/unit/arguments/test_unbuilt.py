@@ -58,10 +58,12 @@ GPUS = Machine(cores=64, num_gpus=8, has_sglang=True)
         (GPUS, "--device cuda --actor-num-gpus-per-node 1 --rollout-num-gpus 1 --distributed-backend gloo", "use nccl"),
         (GPUS, "--device cuda --colocate --actor-num-gpus-per-node 1 --sglang-dtype float16",
          "--sglang-dtype float16 .* as they are trained"),
+        (GPUS, "--device cuda --colocate --actor-num-gpus-per-node 2 --rollout-num-gpus-per-engine 2 "
+         "--sglang-dp-size 2 --sglang-enable-dp-attention", "--sglang-enable-dp-attention is not built yet"),
         (GPUS, "--device cuda --colocate --actor-num-gpus-per-node 1 --sglang-quantization fp8",
          "--sglang-quantization fp8 .* leave it out"),
     ],
-    ids=["no SGLang", "embedded on GPUs", "gloo on GPUs", "other weights", "quantised weights"],
+    ids=["no SGLang", "embedded on GPUs", "gloo on GPUs", "other weights", "another layout", "quantised weights"],
 )  # fmt: skip
 def test_what_the_devices_cannot_do_yet_is_refused(
     machine: Machine, words: str, message: str, files: dict[str, str], monkeypatch: pytest.MonkeyPatch,
@@ -99,7 +101,7 @@ def test_overrides_of_engines_that_get_weights_are_refused_like_flags(
     path = tmp_path / "engines.yaml"
     words = right_command_line(files, f"--device cuda --actor-num-gpus-per-node 2 --sglang-config {path}")
     path.write_text(f"sglang: [{{name: actor, server_groups: [{group}]}}]")
-    assert "the override of actor, quantization: fp8 is not built yet" in refusal(words, capsys)
+    assert "the override of actor, quantization: fp8, is not built yet" in refusal(words, capsys)
     path.write_text(
         f"sglang: [{{name: actor, server_groups: [{{num_gpus: 2}}]}},\n"
         f"         {{name: judge, model_path: /judge, server_groups: [{group}]}}]"
