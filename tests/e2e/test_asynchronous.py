@@ -70,21 +70,23 @@ def test_a_run_that_is_told_to_leave_and_then_killed_loses_and_doubles_nothing(
     begin: Begin, async_flags: list[str], mode: str
 ) -> None:
     flags, limit = MODES[mode]
-    words = [*async_flags, *flags, "--num-rollout", "9", "--save-interval", "2"]
+    words = [*async_flags, *flags, "--num-rollout", "24", "--save-interval", "2", "--eval-interval", "8"]
     first = begin(words, PROGRAM)
-    first.wait_for_phase("wait_for_rollout", 3)
+    first.wait_for_phase("train", 3)
     first.process.send_signal(signal.SIGTERM)
     assert first.process.wait(120) == 128 + signal.SIGTERM, first.output[-4000:]
     assert "left after SIGTERM" in first.output
+    left_after = max(line["step"] for line in read_metrics(first.folder))
+    assert left_after < 20, "it goes on for a long time after SIGTERM, or steps here are too short for this test"
 
     second = begin(words, PROGRAM)
-    second.wait_for_phase("train", 6)
+    second.wait_for_phase("train", left_after + 2)
     os.kill(second.process.pid, signal.SIGKILL)
     second.close()
 
     third = begin(words, PROGRAM)
     assert third.process.wait(300) == 0, third.output[-4000:]
-    assert_in_order(third.folder, 9, limit)
+    assert_in_order(third.folder, 24, limit)
 
 
 def test_an_engine_that_dies_is_started_again_while_training_goes_on(begin: Begin, async_flags: list[str]) -> None:
