@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
+import httpx
 import ray
 
 from slime.backends.base import EngineClient
@@ -23,6 +24,7 @@ from slime.ray.health import HealthMonitor
 from slime.ray.liveness import Liveness
 from slime.ray.routers import Router
 from slime.rollout.staleness import weight_clock
+from slime.utils.api_key import api_key, key_header
 from slime.weight_sync.transports import shared_memory_folder
 
 __all__ = ["EngineRecord", "Engines"]
@@ -179,6 +181,29 @@ class Engines:
                     texts.append(place.death)
             return texts
 
+    def give_up_silent(self) -> None:
+        """After a call to the engines failed: end those of which no scheduler answers. Nobody watches schedulers while
+        weights are on their way or memory changes hands, and the front process of a server answers without its own.
+        """
+        if self._args.rollout_engine != "sglang":
+            return
+        asked = [(place, place.num_starts) for place in self._serving_places()]
+        with ThreadPoolExecutor(max(1, len(asked)), thread_name_prefix="engines") as pool:
+            for place, start, silence in pool.map(lambda one: (*one, self._silence(one[0])), asked):
+                if silence is not None:
+                    logger.warning("%s %s and is given up", place.name, silence)
+                    self._give_up(place, start, silence)
+
+    def _silence(self, place: EnginePlace) -> str | None:
+        """How its scheduler was silent; None if it answers, and be it with an error."""
+        timeout_s = self._args.rollout_health_check_timeout
+        url = f"{place.spec.url}/server_info"
+        try:
+            httpx.get(url, headers=key_header(api_key()), timeout=timeout_s, trust_env=False)
+        except httpx.HTTPError as error:
+            return f"did not answer {url} for {timeout_s:.0f} s ({error or type(error).__name__})"
+        return None
+
     def _give_up(self, place: EnginePlace, start: int, reason: str) -> None:
         """It is silent: end it, so that whoever waits for it hears of it."""
         if place.death is None:
@@ -270,6 +295,9 @@ class Engines:
             self.dead()
             failed = [(place, error) for place, error in failed if place.death is None]
             time.sleep(_POLL_S if failed else 0)
+        if failed:
+            self.give_up_silent()
+            failed = [(place, error) for place, error in failed if place.death is None]
         if failed:
             raise failed[0][1]
 

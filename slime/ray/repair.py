@@ -81,10 +81,11 @@ class Repairs:
         A sync follows.
         """
         deadline = time.monotonic() + _NOTICE_S
-        while not (dead := self._ask("dead_servers", "look for lost servers")):
-            if time.monotonic() > deadline:
-                return False
+        while not (dead := self._ask("dead_servers", "look for lost servers")) and time.monotonic() < deadline:
             time.sleep(_POLL_INTERVAL_S)
+        dead = dead or self._ask("give_up_silent_servers", "look for silent servers")
+        if not dead:
+            return False
         if not self._is_allowed:
             raise RemoteError("\n".join(dead))
         self._with_attempts(dead, self._restart_without_weights)

@@ -122,6 +122,12 @@ class RolloutController(Pulse):
         """One text for each engine or router that is lost, with its last log lines."""
         return self._engines.dead() if self._engines is not None else []
 
+    def give_up_silent_servers(self) -> list[str]:
+        """After a call to the engines failed, and none is known to be lost: end those that hang; as `dead_servers`."""
+        if self._engines is not None:
+            self._engines.give_up_silent()
+        return self.dead_servers()
+
     def restart_servers(self) -> list[EngineRecord]:
         """Start lost servers again; the engines among them, which take no request before `admit_engines`."""
         return self._engines.restart_dead() if self._engines is not None else []

@@ -2,8 +2,10 @@
 
 import dataclasses
 import itertools
+import socket
 import threading
 from argparse import Namespace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -87,3 +89,45 @@ def test_a_new_router_does_not_learn_of_engines_without_the_weights() -> None:
     router.ended = "killed"
     assert engines.restart_dead() == [restarted]
     assert router.workers == ["http://engine 0:0"]
+
+
+class Scheduler(BaseHTTPRequestHandler):
+    """Answers /server_info with an error."""
+
+    def do_GET(self) -> None:
+        self.send_response(503)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+class Server(Place):
+    """At an address that is given."""
+
+    port = 0
+
+    def wait_until_healthy(self) -> None:
+        self.spec = dataclasses.replace(self.spec, host="127.0.0.1", port=self.port)
+        self._serves("sglang")
+
+    def kill(self, reason: str, start: int) -> None:
+        self.death = f"{self.name} {reason}"
+
+
+def test_after_a_call_failed_engines_whose_scheduler_is_silent_are_given_up() -> None:
+    """One that answers is left alone, be it with an error: the call's own error tells what is wrong."""
+    engines, _ = make()
+    engines._args = Namespace(rollout_engine="sglang", rollout_health_check_timeout=1.0)
+    engines._places = [Server(spec(0)), Server(spec(1))]
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Scheduler)
+    threading.Thread(target=http.serve_forever, daemon=True).start()
+    with socket.create_server(("127.0.0.1", 0)) as hangs:
+        for place, port in zip(engines._places, (http.server_address[1], hangs.getsockname()[1]), strict=True):
+            place.port = port  # type: ignore[attr-defined]
+            place.wait_until_healthy()
+        engines.give_up_silent()
+    http.shutdown()
+    assert engines._places[0].death is None
+    (death,) = engines.dead()
+    assert death.startswith(f"engine 1 did not answer {engines._places[1].spec.url}/server_info for 1 s")

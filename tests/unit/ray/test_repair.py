@@ -107,6 +107,13 @@ def test_a_sync_that_failed_by_a_loss_finds_the_engine_started_and_connected(cal
     assert calls[1:] == ["make_room", "restart_servers", "engine_records", ("connect_engines", ["all"])]
 
 
+def test_a_sync_that_failed_by_an_engine_that_hangs_finds_it_started_again(calls: list[Any]) -> None:
+    """Its scheduler is stopped and its front process answers: nobody else notices while weights are on their way."""
+    hands = repairs(calls, [[], []], trainer=Trainer(calls, {}), give_up_silent_servers=[DEAD])
+    assert hands.restart_lost() is True
+    assert calls[:3] == ["dead_servers", "give_up_silent_servers", "restart_servers"]
+
+
 def test_a_loss_during_the_repair_is_repaired_too(calls: list[Any]) -> None:
     trainer = Trainer(calls, {"send_weights_again": [RemoteError("engine 1 is gone"), []]})
     hands = repairs(calls, [[DEAD]], trainer=trainer)
