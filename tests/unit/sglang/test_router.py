@@ -93,6 +93,27 @@ def test_an_engine_is_added_used_and_removed(router, worker):
     client.remove_worker(worker.url)
 
 
+def test_a_request_that_fails_reaches_its_engine_once_however_many_have_failed(router, worker):
+    """The sender retries: a router that did too would multiply, and one that broke the circuit would end its retries.
+
+    An engine that comes back at the same address serves at once.
+    """
+    client, request = RouterClient(router), {"input_ids": [5], "sampling_params": {"max_new_tokens": 1}}
+    client.add_worker(worker.url, timeout_s=30)
+    works = worker.replies["/generate"]
+    for status in (500, 503, 429):
+        worker.replies["/generate"] = (status, {"error": "restarting"})
+        for _ in range(10):
+            assert httpx.post(f"{router}/generate", json=request, trust_env=False).status_code == status
+    assert len([path for _, path, _ in worker.asked if path == "/generate"]) == 30
+    worker.replies["/generate"] = works
+    for _ in range(2):
+        assert httpx.post(f"{router}/generate", json=request, trust_env=False).status_code == 200
+        client.remove_worker(worker.url)
+        client.add_worker(worker.url, timeout_s=30)
+    client.remove_worker(worker.url)
+
+
 def test_with_a_key_the_router_asks_for_it_and_shows_it_to_engines(worker, tmp_path, monkeypatch):
     monkeypatch.setenv("SLIME_API_KEY", "secret")
     port = free_port()
