@@ -1,5 +1,6 @@
 """Every recipe in scripts/run-*.sh is a test: --dry-run would accept it on the machine that it names."""
 
+import json
 import os
 import re
 import subprocess
@@ -81,6 +82,25 @@ def test_the_plan_in_the_documents_is_the_recipes(
     text = planned(command[2:], Wanted(8, 8, 4), 141 << 30, monkeypatch).as_text()
     shown = (ROOT / "docs" / "placement.md").read_text().split("shortened:\n\n```\n")[1].split("```")[0]
     assert [line for line in shown.splitlines() if line not in text.splitlines()] == []
+
+
+def test_a_recipe_for_several_nodes_is_a_job_that_ray_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planned as the job is: on a node of the cluster that has neither GPUs nor SGLang."""
+    from ray.dashboard.modules.job.cli import submit
+
+    env = {"SLIME_DIR": str(ROOT), "RAY_ADDRESS": "http://head:8265"}
+    command = launched(ROOT / "scripts" / "run-qwen3-8B-nodes.sh", tmp_path, env)
+    assert command[1:3] == ["job", "submit"]
+    given = submit.make_context("submit", command[3:]).params
+    assert given["address"] == "http://head:8265"
+    assert json.loads(given["runtime_env_json"])["env_vars"]["PYTHONPATH"] == str(ROOT)
+    program, *words = given["entrypoint"][1:]
+    assert Path(program) == ROOT / "train.py"
+    machine = Machine(cores=16, joins_cluster=True)
+    monkeypatch.setattr("slime.arguments.build.look_at_machine", lambda: machine)
+    plan = parse_args(words).plan
+    assert isinstance(plan, Plan)
+    assert (plan.device.value, plan.engine.value, plan.placement.devices_needed) == ("cuda", "sglang", 16)
 
 
 def test_flags_after_a_recipe_win(tmp_path: Path) -> None:
