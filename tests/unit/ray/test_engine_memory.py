@@ -38,12 +38,17 @@ class Record:
 
 
 class TwoEngines(Engines):
-    """Two places without processes; `dead` finds those lost whose client is, unless `notices` is false."""
+    """Two places without processes; `dead` finds those lost whose client is, unless `notices` is false. With `hangs`
+    they are silent, where somebody asks."""
 
-    def __init__(self, *clients: Client, notices: bool = True) -> None:
+    def __init__(self, *clients: Client, notices: bool = True, hangs: bool = False) -> None:
         spec: Any = type("Spec", (), {"name": "engine", "gives_memory_back": True})
         self._places = [EnginePlace(spec, Record(client)) for client in clients]  # type: ignore[arg-type]
-        self.clients, self.notices = clients, notices
+        self.clients, self.notices, self.hangs = clients, notices, hangs
+
+    def give_up_silent(self) -> None:
+        self.notices = self.notices or self.hangs
+        self.dead()
 
     def dead(self) -> list[str]:
         for place, client in zip(self._places, self.clients, strict=True):
@@ -84,3 +89,10 @@ def test_a_failure_of_an_engine_that_lives_is_an_error(monkeypatch: pytest.Monke
     monkeypatch.setattr(module, "_NOTICE_S", 0.0)
     with pytest.raises(EngineError, match="no connection"):
         TwoEngines(Client(), Client(is_lost=True), notices=False).release_memory()
+
+
+def test_an_engine_that_hangs_meanwhile_is_left_to_the_repair(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_NOTICE_S", 0.0)
+    both = TwoEngines(Client(), Client(is_lost=True), notices=False, hangs=True)
+    both.release_memory()
+    assert both.clients[0].calls == ["release"] and both._places[1].death is not None
