@@ -111,7 +111,7 @@ def test_a_sync_that_failed_by_an_engine_that_hangs_finds_it_started_again(calls
     """Its scheduler is stopped and its front process answers: nobody else notices while weights are on their way."""
     hands = repairs(calls, [[], []], trainer=Trainer(calls, {}), give_up_silent_servers=[DEAD])
     assert hands.restart_lost() is True
-    assert calls[:3] == ["dead_servers", "give_up_silent_servers", "restart_servers"]
+    assert calls[:4] == ["dead_servers", "give_up_silent_servers", "make_room", "restart_servers"]
 
 
 def test_a_loss_during_the_repair_is_repaired_too(calls: list[Any]) -> None:
