@@ -191,7 +191,7 @@ class _LongSequences:
                 if with_gradient:
                     torch.autograd.grad(out, (q, k, v), out.detach())
             except RuntimeError as error:
-                if not any(words in str(error) for words in _REFUSALS):
+                if not any(words in str(error).lower() for words in _REFUSALS):
                     raise
                 self.is_refused = True
                 reasons = _reasons(error, said)
@@ -208,8 +208,8 @@ def _padded(x: Tensor, before: int, after: int) -> Tensor:
     return F.pad(x, (0, 0, 0, 0, before, after)) if before or after else x
 
 
-_REFUSALS = ("No available kernel", "No viable backend", "cuDNN Frontend error")
-"""What errors say where torch's conditions are not met, and where cuDNN has no plan."""
+_REFUSALS = ("no available kernel", "no viable backend", "cudnn")
+"""What errors say where torch's conditions are not met, and where cuDNN has no plan (with its name, or its file's)."""
 
 
 def _reasons(error: RuntimeError, said: Sequence[warnings.WarningMessage]) -> str:
