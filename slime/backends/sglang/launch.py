@@ -31,10 +31,13 @@ _CPU_DEFAULTS = {
 
 # What may be given back or is not needed; the user's environment comes first.
 _GPU_ENVIRONMENT = {
-    "SGLANG_MEMORY_SAVER_CUDA_GRAPH": "true",  # graphs lie in memory that can be released under the tag cuda_graph
     "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "false",  # trainer ranks beside an engine's leave it unequal memory
     "SGLANG_JIT_DEEPGEMM_PRECOMPILE": "false",
 }
+
+# Graphs lie in memory that can be released, under the tag cuda_graph. An engine's ranks then copy what they add up once
+# more, so engines that keep their memory are not told.
+_MEMORY_SAVER_ENVIRONMENT = {"SGLANG_MEMORY_SAVER_CUDA_GRAPH": "true"}
 
 # Of the trainer's process, not for a server: rendezvous, and settings of its allocator. With expandable segments the
 # memory saver has nothing to release; it looks for them in one of the two variables only.
@@ -61,7 +64,8 @@ def server_command(args: Namespace, spec: EngineSpec) -> tuple[list[str], dict[s
     for dest, value in defaults.items():
         if not is_changed(args, "sglang", dest):
             argv += ["--" + dest.removeprefix("sglang_").replace("_", "-"), value]
-    return argv, _environment(spec) | {variable: key for variable, key in keys.items() if key}
+    saves_memory = "--enable-memory-saver" in argv
+    return argv, _environment(spec, saves_memory) | {variable: key for variable, key in keys.items() if key}
 
 
 def shared_nccl_settings(args: Namespace) -> dict[str, str]:
@@ -128,7 +132,7 @@ def _gpu_defaults(args: Namespace) -> dict[str, str]:
     return defaults
 
 
-def _environment(spec: EngineSpec) -> dict[str, str]:
+def _environment(spec: EngineSpec, saves_memory: bool) -> dict[str, str]:
     env = {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
     # A plain /health generates a token, which a paused engine cannot do: it would answer 503 after 20 s.
     env["SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"] = "false"
@@ -144,6 +148,6 @@ def _environment(spec: EngineSpec) -> dict[str, str]:
             "CUDA_VISIBLE_DEVICES": "",
         }
     else:
-        env = _GPU_ENVIRONMENT | env
+        env = _GPU_ENVIRONMENT | (_MEMORY_SAVER_ENVIRONMENT if saves_memory else {}) | env
         env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, spec.device_ids))
     return env

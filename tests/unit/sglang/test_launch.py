@@ -84,6 +84,21 @@ def test_memory_that_is_to_be_released_is_saved_and_not_captured_in_prefill_grap
     assert "--enable-memory-saver" not in options(server_command(args, spec())[0])
 
 
+@pytest.mark.parametrize(
+    ("args", "changes", "is_told"),
+    [
+        (Namespace(colocate=True), {"gives_memory_back": True}, True),
+        (Namespace(colocate=True), {"overrides": {"enable_memory_saver": True}}, True),
+        (Namespace(colocate=True), {}, False),
+    ],
+    ids=["it takes turns", "its group says so", "it keeps its memory"],
+)
+def test_graphs_lie_in_memory_that_can_be_released_only_where_it_is(args, changes, is_told):
+    """Else ranks of an engine would copy what they add up for nothing."""
+    _, env = server_command(args, spec(device="cuda", device_ids=(0,), **changes))
+    assert (env.get("SGLANG_MEMORY_SAVER_CUDA_GRAPH") == "true") is is_told
+
+
 def test_an_engine_beside_a_trainer_that_stays_takes_its_share_of_the_gpu():
     args = Namespace(colocate=True, offload_rollout=False, engine_memory_fraction=0.42)
     gpu = spec(device="cuda", device_ids=(0,))
