@@ -123,3 +123,32 @@ def test_the_death_of_a_trainer_rank_ends_the_run_and_the_next_start_resumes(
     assert again.process.wait(300) == 0, again.output[-6000:]
     steps = [line["step"] for line in read_metrics(again.folder) if line["step"] >= 0]
     assert steps == [0, 1, 2]
+
+
+KILLER = """
+import json, os, pathlib, signal
+
+
+def kill_the_sleeping_server(args, rollout_id, step_id, *_):
+    if rollout_id == 1 and step_id == 0:
+        processes = json.loads((pathlib.Path(args.run_dir) / "status.json").read_text())["processes"]
+        os.kill(next(p["pid"] for p in processes if p["name"] == "engine 0"), signal.SIGKILL)
+"""
+
+
+def test_a_server_that_takes_turns_with_the_trainer_may_die_awake_and_asleep(
+    begin: Callable[[list[str]], LiveRun], flags: list[str], tmp_path: Path
+) -> None:
+    """It gave its memory back when it dies the second time; what is started then holds all of it and no weights."""
+    (tmp_path / "killer.py").write_text(KILLER)
+    hook = ("--custom-megatron-before-train-step-hook-path", f"{tmp_path / 'killer.py'}:kill_the_sleeping_server")
+    turns = ("--colocate", "--offload", "--rollout-num-gpus", "1", "--use-fault-tolerance", "--num-rollout", "3")
+    run = begin([*flags, *turns, *hook])
+    run.wait_for_phase("generate", rollout_id=0)
+    server(run, "engine 0").kill()
+    assert run.process.wait(600) == 0, run.output[-6000:]
+    steps = [line for line in read_metrics(run.folder) if line["step"] >= 0]
+    assert [step["step"] for step in steps] == [0, 1, 2]
+    assert check_ledger(run.folder).num_rollouts == 3
+    assert max(step["train/train_rollout_logprob_abs_diff"] for step in steps) < 1e-4
+    assert run.output.count("engine 0 (http://") >= 2 and run.output.count("It is started again.") == 2
