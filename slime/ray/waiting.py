@@ -1,11 +1,15 @@
 """Wait for remote calls with a deadline, and name the process that failed, died or did not answer."""
 
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+
+import slime
 
 _POLL_S = 0.5
 _GRACE_S = 3.0
@@ -109,5 +113,25 @@ def _rank(failure: Exception) -> int:
 
 def _in_words(name: str, failure: Exception, what: str) -> str:
     if isinstance(failure, RayTaskError):
-        return f"{name} failed to {what}: {failure.cause}"
+        return f"{name} failed to {what}: {error_in_words(failure.cause, str(failure))}"
     return f"{name} died while it had to {what}: {failure}"
+
+
+_FRAME = re.compile(r'^ *File "([^"]+)", line (\d+), in (.+)$', re.MULTILINE)
+_SAY_ENOUGH = (ValueError, RuntimeError, OSError)  # of Python's own; slime raises them with a sentence
+
+
+def error_in_words(cause: BaseException, traceback_text: str) -> str:
+    """What an error says and, where that is not slime's own sentence, its kind and the line that raised it.
+
+    Args:
+        traceback_text: as Python or Ray prints it; its last frame is the one that raised.
+    """
+    frames = _FRAME.findall(traceback_text)
+    is_slimes = bool(frames) and Path(frames[-1][0]).is_relative_to(Path(slime.__file__).parent)
+    is_worded = type(cause).__module__ != "builtins" or isinstance(cause, _SAY_ENOUGH)
+    words = str(cause) if is_worded else f"{type(cause).__name__}: {cause}"
+    if frames and not (is_slimes and is_worded):
+        path, line, function = frames[-1]
+        words += f" ({path}, line {line}, in {function})"
+    return "; ".join([words, *getattr(cause, "__notes__", ())])

@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import random
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -130,4 +131,6 @@ def _reward_error(name: str, samples: Sequence[Sample], error: Exception) -> Rew
     which = ", ".join(f"{sample.index} (group {sample.group_index})" for sample in samples[:8])
     more = ", ..." if len(samples) > 8 else ""
     word = "sample" if len(samples) == 1 else "samples"
-    return RewardError(f"The reward {name!r} of {word} {which}{more} failed: {type(error).__name__}: {error}")
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({frames[-1].filename}, line {frames[-1].lineno}, in {frames[-1].name})" if frames else ""
+    return RewardError(f"The reward {name!r} of {word} {which}{more} failed: {type(error).__name__}: {error}{where}")
