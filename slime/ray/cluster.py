@@ -74,7 +74,7 @@ def _join(args: Namespace, address: str) -> None:
 def _guard_servers(args: Namespace) -> None:
     """Without a key of the user's, servers are not left open to the network: on a cluster of one node they stay on
     loopback, on a larger one the run makes a key of its own."""
-    if args.device == "cpu" or api_key(args):
+    if args.device == "cpu" or args.debug_train_only or api_key(args):
         return
     has_router_elsewhere = bool(getattr(args, "sglang_router_ip", None))  # which has to reach the engines
     if sum(node["Alive"] for node in ray.nodes()) == 1 and not has_router_elsewhere:

@@ -215,25 +215,42 @@ class ServerProcess:
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A TCP port that was free on `host` a moment ago; this process gives it once.
+    """A TCP port that was free on `host` a moment ago; given once, and to one process of this machine at a time.
 
-    It lies below the range from which the kernel takes ports for outgoing connections: between this look and the
-    server's start, seconds later, one of those would else have it on a busy machine.
+    The owners of eight engines that start together draw some thirty ports: one in thirty times two would be the same,
+    and both be free until the servers bind them, half a minute later. It lies below the range from which the kernel
+    takes ports for outgoing connections: one of those would else have it by then on a busy machine.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     for _ in range(_PORT_TRIES):
         port = _dice.randrange(*_server_ports())
         with socket.socket(family, socket.SOCK_STREAM) as probe, contextlib.suppress(OSError):
             probe.bind((host, port))
-            if port not in _given_ports:
-                _given_ports.add(port)
+            if _claim(port):
                 return port
     raise ServerError(f"{_PORT_TRIES} ports of {host} among {_server_ports()} were all taken: end what listens there.")
 
 
 _PORT_TRIES = 1000
 _dice = random.SystemRandom()  # not the seeded one: runs that start together must not draw the same
-_given_ports: set[int] = set()
+_claims: dict[int, socket.socket] = {}
+"""Port -> what keeps other processes from giving it, for as long as this one lives."""
+
+
+def _claim(port: int) -> bool:
+    """Whether nobody has given this port before: nobody on this machine where the kernel can tell, else not this
+    process. A name in Linux's abstract namespace goes with the process that holds it."""
+    if port in _claims:
+        return False
+    claim = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if sys.platform == "linux":
+            claim.bind(f"\0slime-port-{port}")
+    except OSError:
+        claim.close()
+        return False
+    _claims[port] = claim
+    return True
 
 
 def _server_ports() -> tuple[int, int]:

@@ -223,10 +223,25 @@ def test_a_free_port_is_never_one_that_an_outgoing_connection_could_take():
 def test_a_port_that_is_taken_is_not_free(monkeypatch):
     taken, free = free_port(), free_port()
     draws = iter([taken, free])
-    monkeypatch.setattr(processes, "_given_ports", set())
+    monkeypatch.setattr(processes, "_claim", lambda port: True)
     monkeypatch.setattr(processes._dice, "randrange", lambda *_: next(draws))
     with socket.create_server(("127.0.0.1", taken)):
         assert free_port() == free
+
+
+def test_a_port_that_another_process_was_given_is_not_given_while_it_lives(monkeypatch):
+    """Neither has bound it yet: what owns an engine takes a port, and the server binds it half a minute later."""
+    code = "from slime.utils.processes import free_port; print(free_port(), flush=True); input()"
+    with subprocess.Popen(python(code), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        taken = int(other.stdout.readline())
+        draws = [taken]
+        monkeypatch.setattr(processes._dice, "randrange", lambda *_: draws[-1])
+        with pytest.raises(ServerError, match="were all taken"):
+            free_port()
+        other.communicate("\n")
+    assert free_port() == taken
+    with pytest.raises(ServerError, match="were all taken"):
+        free_port()
 
 
 def test_the_log_of_a_server_with_a_key_is_its_users_and_quoted_without_the_key(tmp_path):
