@@ -35,7 +35,7 @@ GRPO_ARGS=(
   --advantage-estimator grpo --eps-clip 0.2 --eps-clip-high 0.28 --entropy-coef 0
 )
 OPTIMIZER_ARGS=(
-  --optimizer adam --lr 4e-6 --lr-decay-style constant --weight-decay 0.01 --adam-beta1 0.9 --adam-beta2 0.95
+  --optimizer adam --lr 4e-6 --lr-decay-style constant --weight-decay 0.01 --adam-beta1 0.9 --adam-beta2 0.98
 )
 PERF_ARGS=(
   --use-dynamic-batch-size --max-tokens-per-gpu 16384
