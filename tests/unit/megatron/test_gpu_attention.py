@@ -10,6 +10,7 @@ from torch import Tensor
 
 from slime.backends.megatron import gpu_attention
 from slime.backends.megatron.gpu_attention import ATTENTIONS, Attention, Sequences, attention_named, pieces_of
+from slime.backends.megatron.kernels import kernels_for
 
 BY_LENGTH = next(iter(ATTENTIONS))
 
@@ -19,6 +20,11 @@ def _sequences(*lengths: int, keys: tuple[int, ...] | None = None) -> Sequences:
     keys = lengths if keys is None else keys
     boundaries = [torch.tensor([0, *numbers]).cumsum(0).int() for numbers in (lengths, keys)]
     return Sequences(boundaries[0], boundaries[1], lengths, keys)
+
+
+@pytest.mark.parametrize(("flag", "name"), [("auto", BY_LENGTH), ("fused", BY_LENGTH), ("flash", "flash attention")])
+def test_the_flag_chooses_and_the_log_names_it(flag: str, name: str) -> None:
+    assert kernels_for(torch.device("cuda"), flag).name.startswith(f"attention by {name};")
 
 
 def test_short_sequences_stay_together() -> None:
