@@ -90,7 +90,11 @@ def _rollout() -> list[Metric]:
         Metric("rollout/avg_cached_tokens_per_sample", "tokens", "Prompt tokens found in the engine's cache."),
         Metric("rollout/top_p_kept_vocab_per_token", "count", "Mean size of the nucleus that top-p kept."),
         Metric("rollout/correct/<sample metric>", "as there", "The metrics above, over the samples with the reward 1."),
-        Metric("rollout/log_probs", "nat", "Mean log-prob of the response tokens under the trainer, before the step."),
+        Metric(
+            "rollout/log_probs",
+            "nat",
+            "Mean log-prob of the response tokens under the trainer, before the step; where a pass over all is made.",
+        ),
         Metric("rollout/ref_log_probs", "nat", "The same under the reference model."),
         Metric("rollout/teacher_log_probs", "nat", "The same under the teacher of on-policy distillation."),
         Metric("rollout/rollout_log_probs", "nat", "The same as the engine reported it while sampling."),
