@@ -68,9 +68,12 @@ def divide_memory(
     left = (total - trainer_bytes - _UNCOUNTED_BYTES) / total
     fraction = float(given) if given is not None else min(_ENGINE_MAX, int(100 * left) / 100)
     of_total = f"of {total / GIB:.0f} GiB"
-    if asked and not placement.offload_train:
+    if asked and not (placement.offload_train and placement.offload_rollout):
         chosen = None if given is not None else max(fraction, 0.05)
-        words = f"{trainer}, which stays, {of_total}; engines {fraction:.2f}"
+        sides = {"the trainer": placement.offload_train, "the engine": placement.offload_rollout}
+        staying = " and ".join(side for side, gives_back in sides.items() if not gives_back)
+        verb = "stay" if " and " in staying else "stays"
+        words = f"{trainer} {of_total}, engines {chosen or fraction:.2f} of it: {staying} {verb} on the GPU (as asked)"
         return replace(placement, engine_memory_fraction=chosen), MemoryPlan(trainer_bytes, chosen, False, words)
     engine_weights = 2 * count_parameters(values) / cluster.rollout_num_gpus_per_engine
     fits = fraction <= left and fraction >= max(_ENGINE_MIN, engine_weights / total + _CACHE_MIN)

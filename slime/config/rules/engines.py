@@ -194,7 +194,7 @@ def memory_is_given_back_or_kept(config: Config) -> None:
     ):
         if cluster.offload and value is False:
             other = "--offload-rollout" if flag == "--no-offload-train" else "--offload-train"
-            raise ConfigError(f"--offload and {flag} contradict each other; type {other} for one side alone")
+            raise ConfigError(f"--offload and {flag} contradict each other; type {other} {flag} for one side alone")
 
 
 def environment_is_text(config: Config) -> None:
