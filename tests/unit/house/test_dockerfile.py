@@ -61,7 +61,15 @@ def test_it_installs_what_the_project_calls_the_gpu_path(instructions: list[list
 
 
 def test_its_sglang_is_one_that_the_project_takes(repository: Path, instructions: list[list[str]]) -> None:
-    extra = tomllib.loads((repository / "pyproject.toml").read_text())["project"]["optional-dependencies"]["gpu"]
-    taken = next(Requirement(text) for text in extra if Requirement(text).name == "sglang")
     (version,) = (words[1].removeprefix("SGLANG=") for words in instructions if words[1].startswith("SGLANG="))
-    assert version in taken.specifier
+    assert version in gpu_extra(repository)["sglang"].specifier
+
+
+def test_a_job_can_be_submitted_with_it(repository: Path) -> None:
+    """`ray job submit`, and the head's part of it, are in ray[default] alone."""
+    assert gpu_extra(repository)["ray"].extras == {"default"}
+
+
+def gpu_extra(repository: Path) -> dict[str, Requirement]:
+    extra = tomllib.loads((repository / "pyproject.toml").read_text())["project"]["optional-dependencies"]["gpu"]
+    return {requirement.name: requirement for requirement in map(Requirement, extra)}
