@@ -246,7 +246,6 @@ def test_a_proxy_of_the_environment_is_not_used(fake_engine, monkeypatch):
 
 def test_a_connection_that_was_idle_is_not_trusted_with_a_request(monkeypatch):
     """This server drops a connection under its second request, as one does whose patience with idle ones just ended."""
-    monkeypatch.setattr("slime.backends.sglang.client._KEEPALIVE_S", 0.05)
     listener = socket.create_server(("127.0.0.1", 0))
 
     def serve_one_request(connection: socket.socket) -> None:
@@ -261,13 +260,20 @@ def test_a_connection_that_was_idle_is_not_trusted_with_a_request(monkeypatch):
                 threading.Thread(target=serve_one_request, args=(listener.accept()[0],), daemon=True).start()
 
     threading.Thread(target=serve, daemon=True).start()
-    client = SGLangClient(f"http://127.0.0.1:{listener.getsockname()[1]}", name="engine 7", timeout_s=5.0)
+
+    def client(keepalive_s: float) -> SGLangClient:
+        monkeypatch.setattr("slime.backends.sglang.client._KEEPALIVE_S", keepalive_s)
+        return SGLangClient(f"http://127.0.0.1:{listener.getsockname()[1]}", name="engine 7", timeout_s=5.0)
+
+    careful, trusting = client(0.05), client(60.0)
     try:
-        client.resume()
+        careful.resume()
         time.sleep(0.2)
-        client.resume()
+        careful.resume()
+        trusting.resume()
         with pytest.raises(EngineError, match="no connection"):
-            client.resume()
+            trusting.resume()
     finally:
-        client.close()
+        careful.close()
+        trusting.close()
         listener.close()
