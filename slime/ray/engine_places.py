@@ -187,7 +187,8 @@ class OwnEngine(EnginePlace):
     def _last_line(self) -> str:
         with contextlib.suppress(RayError):
             tail = str(ray.get(self._actors[0].log_tail.remote(), timeout=_ASK_TIMEOUT_S))
-            return tail.rpartition("\n")[2].rpartition("\r")[2].strip()[:_TOLD_CHARS] or "(an empty line)"
+            lines = [line.strip() for line in tail.splitlines() if line.strip()]  # bars of progress end with a \r
+            return lines[-1][:_TOLD_CHARS] if lines else "(nothing yet)"
         return "(its owner does not answer)"
 
     def processes(self) -> list[ProcessInfo]:

@@ -106,7 +106,7 @@ class FakeActor:
 
     def do_log_tail(self) -> str:
         self.may_tell.wait(PATIENCE_S)
-        return "the last line"
+        return "a line before\nLoading:   0%\rthe last line\n \n"
 
     def do_kill(self, number: int) -> None:
         self.kills.append(number)
@@ -170,7 +170,7 @@ def test_who_finds_an_engine_silent_ends_all_of_its_parts(engine: Engine) -> Non
     starting(engine).result(PATIENCE_S)
     engine.kill("did not answer for 30 s", 1)
     assert engine.death is not None and engine.death.startswith("engine 0 (http://node0:1) did not answer for 30 s")
-    assert engine.death.endswith("the last line")
+    assert "the last line" in engine.death
     assert [actor.kills for actor in engine._actors] == [[1], [1]]
 
 
