@@ -172,6 +172,7 @@ def _batch_updates(config: Config, batch: Batch) -> dict[str, Any]:
 
 def _path_updates(config: Config, paths: RunPaths, start: Start) -> dict[str, Any]:
     updates: dict[str, Any] = {
+        "working_dir": config.machine.working_dir,
         "run_name": paths.run_name,
         "run_dir": paths.run_dir,
         "save": paths.save,

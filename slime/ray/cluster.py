@@ -53,6 +53,14 @@ def start(args: Namespace) -> None:
     _check_devices(args)
 
 
+def enter_working_dir(args: Namespace) -> None:
+    """Go to where the run was started, from where its relative paths are meant; Ray starts an actor of a cluster that
+    it joins where `ray start` ran. A node that has no such folder needs absolute paths."""
+    folder = getattr(args, "working_dir", None)
+    if folder is not None and os.path.isdir(folder):
+        os.chdir(folder)
+
+
 def _join(args: Namespace, address: str) -> None:
     """Take part in a cluster that others started; its processes inherit nothing from this one's environment."""
     if address.startswith(("http://", "https://")):

@@ -10,7 +10,7 @@ from typing import Any
 from slime.backends.base import EngineClient, EngineSpec
 from slime.backends.sglang.client import SGLangClient
 from slime.observability.run_status import ProcessInfo
-from slime.ray.cluster import own_host
+from slime.ray.cluster import enter_working_dir, own_host
 from slime.ray.liveness import Pulse
 from slime.utils.processes import ServerProcess, free_port
 
@@ -40,6 +40,7 @@ class EngineActor(Pulse):
     """Starts, ends and describes one server; carries no request."""
 
     def __init__(self, args: Namespace, spec: EngineSpec) -> None:
+        enter_working_dir(args)
         self._args, self._spec = args, spec
         self._process: ServerProcess | None = None
         self._start = 0

@@ -23,6 +23,7 @@ from slime.observability.rollout_metrics import (
 )
 from slime.observability.run_status import ProcessInfo
 from slime.observability.samples import write_eval_samples, write_samples
+from slime.ray.cluster import enter_working_dir
 from slime.ray.engines import EngineRecord, Engines
 from slime.ray.liveness import THREADS, Pulse
 from slime.rollout.base_types import (
@@ -77,6 +78,7 @@ class RolloutController(Pulse):
 
     def __init__(self, args: Namespace, devices: Any) -> None:
         logging_utils.configure_logger(prefix="rollout")
+        enter_working_dir(args)
         logging_utils.init_tracking(args, primary=False)
         self.args = args
         take_api_key(args)

@@ -26,6 +26,7 @@ class TrainRayActor(Pulse):
 
     def __init__(self, args: Namespace, rank: int, world_size: int, role: str = "actor") -> None:
         configure_logger(prefix=f"{role} {rank}")
+        cluster.enter_working_dir(args)
         take_api_key(args)
         _quiet_megatron()
         self._args, self._rank, self._world_size, self._role = (

@@ -1,6 +1,7 @@
 """A run joins a Ray cluster that runs already, as a Ray job does: two nodes, both of this machine."""
 
 import json
+import os
 import secrets
 import shutil
 import subprocess
@@ -49,8 +50,9 @@ def ray_node(log: Path, *words: str) -> "subprocess.Popen[bytes]":
     resources = json.dumps({"cpu_device": DEVICES_OF_A_NODE})
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats", *words]
     command += ["--num-cpus", "16", "--num-gpus", "0", "--resources", resources, "--node-ip-address", "127.0.0.1"]
-    with log.open("wb") as output:
-        return subprocess.Popen([*command, "--object-store-memory", "200000000"], stdout=output, stderr=output)
+    command += ["--object-store-memory", "200000000"]
+    with log.open("wb") as output:  # from another folder than the run's: its paths are meant from there
+        return subprocess.Popen(command, cwd=log.parent, stdout=output, stderr=output)
 
 
 def wait_for_node(node: "subprocess.Popen[bytes]", log: Path) -> None:
@@ -65,11 +67,12 @@ def wait_for_node(node: "subprocess.Popen[bytes]", log: Path) -> None:
 def test_a_run_uses_the_devices_of_a_cluster_that_it_joins(
     ray_address: str, train: Train, tiny_flags: list[str], repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three devices, which no node has alone."""
+    """Three devices, which no node has alone. Paths are given from the folder in which the run is started."""
     monkeypatch.setenv("RAY_ADDRESS", ray_address)
     job = {"runtime_env": {"env_vars": {"PYTHONPATH": str(repository)}}, "metadata": {}}
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(job))
-    words = [*tiny_flags, "--device", "cpu", "--num-rollout", "2"]
+    from_here = [os.path.relpath(word, repository) if os.path.isabs(word) else word for word in tiny_flags]
+    words = [*from_here, "--device", "cpu", "--num-rollout", "2"]
 
     run = train([*words, "--actor-num-nodes", "2"])
     assert len(run.column("train/grad_norm")) == 2
