@@ -130,15 +130,15 @@ class MegatronTrainer:
 
     @contextmanager
     def weights_at_hand(self) -> Iterator[None]:
-        """`weights` can be read inside the block, also while asleep."""
+        """`weights` can be read inside the block, also while asleep. Ranks that nothing is read from sleep on."""
         memory = self.job.memory
-        lacked_them = memory.lacks_weights
-        if lacked_them:
+        wakes = memory.lacks_weights and self.job.weights.are_read_here
+        if wakes:
             memory.restore_weights()
         try:
             yield
         finally:
-            if lacked_them:
+            if wakes:
                 memory.release()
 
     def wake_up(self) -> None:

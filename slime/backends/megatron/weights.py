@@ -127,6 +127,11 @@ class MegatronWeights:
         """Of all of them together."""
         return sum(sum(self._sizes(self._held[name], self._family.find(name)[1])) for name in self._order)
 
+    @property
+    def are_read_here(self) -> bool:
+        """Whether `buckets` reads this rank's memory: that of the first data-parallel replica alone."""
+        return bool(parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0)
+
     def buckets(self, size_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
         """All weights in buckets of at most `size_bytes` (one larger tensor travels alone).
 
@@ -159,7 +164,7 @@ class MegatronWeights:
 
     def _gathered(self, local: Tensor | None, held: _Held, layout: Layout) -> Tensor | None:
         """The whole tensor on rank 0 (None elsewhere), from the tensor-parallel ranks of the stage that has it."""
-        if parallel_state.get_data_parallel_rank(with_context_parallel=True) != 0:
+        if not self.are_read_here:
             return None
         stages = parallel_state.get_pipeline_model_parallel_group()
         whole = None
