@@ -120,7 +120,7 @@ class OurTrainer:
         from slime.algorithm.loss import get_loss_function
         from slime.backends.megatron import optimizer as optimizers
         from slime.backends.megatron.microbatches import Packer, local_rollout, train_steps
-        from slime.backends.megatron.passes import forward_backward
+        from slime.backends.megatron.passes import forward_backward, step_metrics
 
         args, job = self._args, self._trainer.job
         packer = Packer(args, job.parallel_config, torch.device("cpu"))
@@ -132,7 +132,8 @@ class OurTrainer:
             for model in job.models:
                 model.zero_grad_buffer()
             job.optimizer.zero_grad()
-            return forward_backward(args, job.models, packer, data, step, loss_function)["loss"]
+            records = forward_backward(args, job.models, packer, data, step, loss_function)
+            return step_metrics(args, records, step)["loss"]
 
         def optimizer_step() -> None:
             assert optimizers.step(job.optimizer).is_applied

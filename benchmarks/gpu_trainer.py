@@ -40,6 +40,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import torch
 from gpu_attention import progress
+from gpu_kernels import profiled
 from torch import Tensor
 
 from slime.arguments import parse_args
@@ -166,6 +167,10 @@ def save_model(shape: dict[str, Any], folder: Path, device: torch.device) -> Pat
     return path
 
 
+Parts = tuple[Callable[[], Callable[[], float]], Callable[[], None]]
+"""Forward and backward (gives what reads the loss, which waits for the device), and the optimizer."""
+
+
 class Ours:
     """The trainer of a run, asked for one step in its two parts."""
 
@@ -174,12 +179,11 @@ class Ours:
         self._trainer = MegatronTrainer(args, 0, 1, "127.0.0.1", free_port("127.0.0.1"))
         self._trainer.init()
 
-    def parts(self, work: Workload) -> tuple[Callable[[], float], Callable[[], None]]:
-        """Forward and backward (gives the loss), and the optimizer."""
+    def parts(self, work: Workload) -> Parts:
         from slime.algorithm.loss import get_loss_function
         from slime.backends.megatron import optimizer as optimizers
         from slime.backends.megatron.microbatches import Packer, local_rollout, train_steps
-        from slime.backends.megatron.passes import forward_backward
+        from slime.backends.megatron.passes import forward_backward, step_metrics
 
         args, job = self._args, self._trainer.job
         packer = Packer(args, job.parallel_config, self._trainer.accelerator.device)
@@ -187,11 +191,12 @@ class Ours:
         data = job._on_device(local_rollout(self._shard(work)))
         (step,) = train_steps(data)
 
-        def loss_and_gradients() -> float:
+        def loss_and_gradients() -> Callable[[], float]:
             for model in job.models:
                 model.zero_grad_buffer()
             job.optimizer.zero_grad()
-            return forward_backward(args, job.models, packer, data, step, loss_function)["loss"]
+            records = forward_backward(args, job.models, packer, data, step, loss_function)
+            return lambda: step_metrics(args, records, step)["loss"]
 
         def optimizer_step() -> None:
             assert optimizers.step(job.optimizer).is_applied
@@ -227,15 +232,15 @@ class Theirs:
         self._optimizer = torch.optim.AdamW(self._model.parameters(), lr=1e-6, fused=True)
         self._device = device
 
-    def parts(self, work: Workload) -> tuple[Callable[[], float], Callable[[], None]]:
+    def parts(self, work: Workload) -> Parts:
         tokens = work.tokens.to(self._device)
         inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
-        def loss_and_gradients() -> float:
+        def loss_and_gradients() -> Callable[[], float]:
             self._optimizer.zero_grad(set_to_none=True)
             loss = self._model(input_ids=inputs, labels=targets, shift_labels=targets, use_cache=False).loss
             loss.backward()
-            return float(loss.detach())
+            return lambda: float(loss.detach())
 
         def optimizer_step() -> None:
             torch.nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
@@ -247,10 +252,8 @@ class Theirs:
         pass
 
 
-def measure(
-    way: str, work: Workload, parts: tuple[Callable[[], float], Callable[[], None]], options: Namespace
-) -> Figures:
-    """Medians of `--repeats` steps after two."""
+def measure(way: str, work: Workload, parts: Parts, options: Namespace) -> Figures:
+    """Medians of `--repeats` steps after two. Nothing waits between the parts, which the device's clock tells apart."""
     loss_and_gradients, optimizer_step = parts
     on_gpu = torch.cuda.is_available()
     synchronize: Callable[[], None] = torch.cuda.synchronize if on_gpu else lambda: None
@@ -260,12 +263,15 @@ def measure(
     for _ in range(options.repeats + 2):
         synchronize()
         start = time.perf_counter()
-        losses.append(loss_and_gradients())
-        synchronize()
-        middle = time.perf_counter()
+        begin = moment(on_gpu)
+        read_loss = loss_and_gradients()
+        middle = moment(on_gpu)
         optimizer_step()
         synchronize()
-        seconds.append((middle - start, time.perf_counter() - middle))
+        whole = time.perf_counter() - start
+        first = begin.elapsed_time(middle) / 1e3 if on_gpu else middle - begin
+        seconds.append((first, whole - first))
+        losses.append(read_loss())
     forward_backward, optimizer = (statistics.median(part) for part in zip(*seconds[2:], strict=True))
     peak = torch.cuda.max_memory_allocated() if on_gpu else 0
     figures = Figures(way, work.name, (forward_backward, optimizer), losses[0], peak)
@@ -274,49 +280,13 @@ def measure(
     return figures
 
 
-def profiled(*functions: Callable[[], Any]) -> dict[str, tuple[float, int]]:
-    """Milliseconds and launches of each group of kernels while the functions run."""
-    from torch.autograd import DeviceType
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-        for function in functions:
-            function()
-        torch.cuda.synchronize()
-    groups: dict[str, tuple[float, int]] = {}
-    spans: list[tuple[float, float]] = []
-    for event in profiler.events():
-        if event.device_type == DeviceType.CUDA and not event.name.startswith(("gpu_user_annotation", "ProfilerStep")):
-            if getattr(event, "is_user_annotation", False):
-                continue
-            name = group_of(event.name)
-            milliseconds, count = groups.get(name, (0.0, 0))
-            groups[name] = (milliseconds + event.time_range.elapsed_us() / 1e3, count + 1)
-            spans.append((event.time_range.start, event.time_range.end))
-    for gap, at in idle(spans)[:3]:
-        groups[f"nothing, from {at / 1e3:.1f} ms on"] = (gap / 1e3, 1)
-    groups["nothing, in all"] = (sum(gap for gap, _ in idle(spans)) / 1e3, len(idle(spans)))
-    return groups
-
-
-def idle(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Microseconds in which no kernel runs, and when they begin after the first kernel; the longest first."""
-    gaps, begin = [], min((start for start, _ in spans), default=0.0)
-    end = begin
-    for start, stop in sorted(spans):
-        if start > end:
-            gaps.append((start - end, end - begin))
-        end = max(end, stop)
-    return sorted(gaps, reverse=True)
-
-
-def group_of(kernel: str) -> str:
-    """A short name that kernels of one kind share."""
-    for word in ("flash_fwd", "flash_bwd", "sdpa", "fmha", "nvjet", "gemm", "cutlass", "Memcpy", "Memset"):
-        if word in kernel:
-            return word
-    short = kernel.removeprefix("void ").replace("at::native::", "").replace("(anonymous namespace)::", "")
-    return short[:100]
+def moment(on_gpu: bool) -> Any:
+    """Now: of the device, as an event, or in seconds."""
+    if not on_gpu:
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from slime.backends.megatron.config import refuses_non_finite_steps
 from slime.backends.megatron.memory import TrainingMemory
 from slime.backends.megatron.microbatches import Packer, TrainStep, local_rollout, train_steps
 from slime.backends.megatron.model import build_models, unwrap
-from slime.backends.megatron.passes import compute_log_probs, forward_backward
+from slime.backends.megatron.passes import compute_log_probs, forward_backward, step_metrics
 from slime.backends.megatron.profiling import MemoryHistory, Profiler
 from slime.backends.megatron.reference import HostWeights
 from slime.backends.megatron.roll_call import RollCall
@@ -275,8 +275,9 @@ class TrainingJob:
         self.optimizer.zero_grad()
         if path := getattr(self.args, "custom_megatron_before_train_step_hook_path", None):
             load_function(path)(self.args, rollout_id, step_id, self.models, self.optimizer, self.scheduler)
-        metrics = forward_backward(self.args, self.models, self._packer, data, step, self._loss_function)
+        records = forward_backward(self.args, self.models, self._packer, data, step, self._loss_function)
         result = optimizers.step(self.optimizer)
+        metrics = step_metrics(self.args, records, step)
         if result.is_applied:
             self.scheduler.step(increment=step.global_batch_size)
         else:

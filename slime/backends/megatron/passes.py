@@ -84,11 +84,11 @@ def forward_backward(
     data: dict[str, Any],
     step: TrainStep,
     loss_function: LossFunction,
-) -> dict[str, float]:
-    """Add the gradient of one step to the buffers.
+) -> list[dict[str, Any]]:
+    """Add the gradient of one step to the buffers. A GPU may still be at work on it.
 
     Returns:
-        Every metric of the loss function over the whole step; the same on all ranks.
+        What `step_metrics` makes the step's metrics of.
     """
     options = head_options(args, is_training=True)
     wants_logits = args.loss_type == "custom_loss"
@@ -100,7 +100,7 @@ def forward_backward(
 
     for model in models:
         model.train()
-    records = get_forward_backward_func()(
+    records: list[dict[str, Any]] = get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=_iterators(packer, data, step.micro_batches, len(models)),
         model=list(models),
@@ -109,7 +109,25 @@ def forward_backward(
         micro_batch_size=1,
         forward_only=False,
     )
-    return _step_metrics(args, records, step)
+    return records
+
+
+def step_metrics(args: Namespace, records: Sequence[dict[str, Any]], step: TrainStep) -> dict[str, float]:
+    """Every metric of the loss function, as a mean over the rollouts (or trained tokens) of the step.
+
+    Collective, and the same on all ranks; the last pipeline stage has the records. It waits for the device: to be
+    called when the device has been given more to do.
+    """
+    metrics: dict[str, float] = {}
+    if parallel.is_last_stage():
+        metrics = reduce_train_step_metrics(
+            records,
+            calculate_per_token_loss=bool(getattr(args, "calculate_per_token_loss", False)),
+            step_global_batch_size=step.global_batch_size,
+            cp_size=parallel_state.get_context_parallel_world_size(),
+            dp_with_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        )
+    return parallel.from_last_stage(metrics)
 
 
 def _iterators(packer: Packer, data: dict[str, Any], micro_batches: list[list[int]], num_stages: int) -> Any:
@@ -142,17 +160,3 @@ def _scaled_loss(
         num_tokens=num_tokens,
     )
     return scaled.loss, scaled.normalizer, micro_batch_record(metrics, num_tokens if per_token else 0)
-
-
-def _step_metrics(args: Namespace, records: Sequence[dict[str, Any]], step: TrainStep) -> dict[str, float]:
-    """Means over the rollouts (or trained tokens) of the step. Collective; the last pipeline stage has the records."""
-    metrics: dict[str, float] = {}
-    if parallel.is_last_stage():
-        metrics = reduce_train_step_metrics(
-            records,
-            calculate_per_token_loss=bool(getattr(args, "calculate_per_token_loss", False)),
-            step_global_batch_size=step.global_batch_size,
-            cp_size=parallel_state.get_context_parallel_world_size(),
-            dp_with_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
-        )
-    return parallel.from_last_stage(metrics)
