@@ -41,7 +41,7 @@ from slime.rollout.staleness import staleness, weight_clock
 from slime.utils.api_key import take_api_key
 from slime.utils.async_utils import run
 from slime.utils.checkpoint_folder import begin_save
-from slime.utils.http_utils import init_http_client
+from slime.utils.http_utils import generation_replies, init_http_client
 from slime.utils.memory_utils import settle_objects
 from slime.utils.misc import Box, load_function
 from slime.utils.random_state import host_random_state
@@ -52,6 +52,8 @@ logger = logging.getLogger(__name__)
 
 _MAKING = {"rollouts": 1}
 """Concurrency group of the manager: rollouts are made one after another, in the order in which they are asked for."""
+_REPLIES_S = 0.5
+"""For the replies of aborted requests: SGLang pauses at once where it owes none, else it looks again after a second."""
 
 
 @dataclass(frozen=True)
@@ -152,6 +154,7 @@ class RolloutController(Pulse):
         ends_requests = self.args.max_staleness is not None and self.args.pause_generation_mode == "abort"
         if self._engines is not None and ends_requests:
             run(abort_servers_until_idle([record.url for record in self._engines.records]))
+            run(generation_replies(_REPLIES_S))
 
     def end_weight_update(self, version: int, trained: int) -> None:
         """All engines hold `version`, into which `trained` rollouts were trained."""

@@ -15,7 +15,7 @@ import subprocess
 import time
 import weakref
 from argparse import Namespace
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +38,8 @@ CONNECT_TIMEOUT_S = 30.0
 _KEEPALIVE_S = 3.0  # less than the five seconds after which uvicorn closes an idle connection, maybe under a request
 _CLOSE_TIMEOUT_S = 1.0
 _WARNING_INTERVAL_S = 10.0
+_GENERATE = "/generate"
+_REPLY_POLL_S = 0.005
 MAX_REPLY_CHARS_IN_ERROR = 2000
 
 # Connection-level failures: the request did not get an answer, and asking again is right.
@@ -56,6 +58,8 @@ class _Settings:
 
 _settings = _Settings()
 _direct = DirectRequests()
+_generating: set[object] = set()
+"""One token for each request to `/generate` that has no reply yet."""
 _http_client: httpx.AsyncClient | None = None
 """When set, every loop uses this client: the seam where tests put an `httpx.MockTransport`."""
 _clients: "weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, httpx.AsyncClient]" = weakref.WeakKeyDictionary()
@@ -182,6 +186,8 @@ async def _request(
 
 async def _attempt(method: str, url: str, payload: Any, headers: dict[str, str] | None) -> Any:
     async with AsyncExitStack() as stack:
+        if url.endswith(_GENERATE):
+            stack.enter_context(_counted_as_generating())
         target = await _target(url, payload, headers, stack)
         try:
             reply = await _client().request(method, target, json=payload, headers=headers_for(target, headers))
@@ -199,6 +205,26 @@ async def _attempt(method: str, url: str, payload: Any, headers: dict[str, str] 
         return reply.json()  # takes NaN too
     except ValueError:
         return reply.text
+
+
+@contextlib.contextmanager
+def _counted_as_generating() -> Iterator[None]:
+    token = object()
+    _generating.add(token)
+    try:
+        yield
+    finally:
+        _generating.discard(token)
+
+
+async def generation_replies(limit_s: float) -> None:
+    """Wait until no request to `/generate` of this process is without its reply, or for `limit_s`.
+
+    An engine that has nothing left to compute may still be writing the replies of what it was told to abort.
+    """
+    deadline = time.monotonic() + limit_s
+    while _generating and time.monotonic() < deadline:
+        await asyncio.sleep(_REPLY_POLL_S)
 
 
 async def _target(url: str, payload: Any, headers: dict[str, str] | None, stack: AsyncExitStack) -> str:

@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from slime.utils import http_utils
-from slime.utils.http_utils import get, post, stream_post
+from slime.utils.http_utils import generation_replies, get, post, stream_post
 
 URL = "http://engine.test/generate"
 
@@ -96,6 +96,30 @@ async def test_a_server_that_never_answers_meets_the_deadline(serve):
     serve(lambda n, request: never())
     with pytest.raises(TimeoutError, match=r"no reply within 0.05 s \(1 attempts\)"):
         await post(URL, {}, timeout_s=0.05)
+
+
+async def test_replies_that_are_still_on_their_way_are_waited_for_but_not_for_ever(serve):
+    """Also those whose request failed or was given up count no more."""
+    may_answer = asyncio.Event()
+
+    async def answer(n, request):
+        if request.url.path == "/generate":
+            await may_answer.wait()
+        return httpx.Response(200, json={})
+
+    serve(answer)
+    cancelled, asked = (asyncio.create_task(post(URL, {})) for _ in range(2))
+    await asyncio.sleep(0)
+    await post("http://engine.test/pause_generation", {})
+    cancelled.cancel()
+    await generation_replies(0.02)
+    assert not asked.done()
+    waiting = asyncio.create_task(generation_replies(20))
+    await asyncio.sleep(0.02)
+    assert not waiting.done()
+    may_answer.set()
+    await asyncio.wait_for(waiting, 5)
+    assert asked.done()
 
 
 async def test_the_deadline_covers_all_attempts_and_tells_the_last_failure(serve, monkeypatch):
