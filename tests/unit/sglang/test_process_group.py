@@ -17,6 +17,8 @@ from slime.weight_sync.base import EngineError, WeightSyncError
 from slime.weight_sync.process_group import DistributedTransport, WeightGroup, join
 
 HOST = "127.0.0.1"
+pytestmark = pytest.mark.usefixtures("ranks")
+"""The pool of other tests is forked first: ranks that are forked beside the threads of a group here hang."""
 
 
 def receive(group: WeightGroup, device, names, dtypes, shapes, group_name) -> dict[str, torch.Tensor]:
