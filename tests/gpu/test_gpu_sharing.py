@@ -41,11 +41,13 @@ for i, seed in enumerate((3, 4, 5)):
     trainer.train(i, tiny.shard_of(trainer, data))
     if naps:
         trainer.sleep(keep_weights=True)
-        in_the_sync = tiny.hf_weights(trainer)
+        in_the_sync = {name: tensor.cpu() for name, tensor in tiny.hf_weights(trainer).items()}  # not counted below
         trainer.sleep()
         held.append((live_bytes(), torch.cuda.memory_reserved()))
         with trainer.weights_at_hand():
-            assert tiny.largest_difference(tiny.hf_weights(trainer), in_the_sync) == 0
+            awake = {name: tensor.cpu() for name, tensor in tiny.hf_weights(trainer).items()}
+            assert tiny.largest_difference(awake, in_the_sync) == 0
+            del awake
 trainer.wake_up()
 weights = {name: tensor.cpu() for name, tensor in tiny.hf_weights(trainer).items()}
 torch.save({"weights": weights, "held": held}, out)
