@@ -70,7 +70,19 @@ def _prepare_prompt_ids(sample: Sample, tokenizer: Any, processor: Any) -> list[
             f"The prompt of sample {sample.index} is a list of messages, which the engine cannot read. "
             "Add --apply-chat-template, or use a --custom-generate-function-path that takes messages."
         )
-    return list(tokenizer.encode(sample.prompt, add_special_tokens=False))
+    return _encode(sample.prompt, tokenizer)
+
+
+_latest: tuple[Any, str, list[int]] | None = None
+
+
+def _encode(prompt: str, tokenizer: Any) -> list[int]:
+    """Tokens of a prompt; the samples of a group come one after another, and only the first costs anything."""
+    global _latest
+    known = _latest
+    if known is None or known[0] is not tokenizer or known[1] != prompt:
+        _latest = known = (tokenizer, prompt, list(tokenizer.encode(prompt, add_special_tokens=False)))
+    return list(known[2])
 
 
 def _tokens_left(args: Namespace, sample: Sample, max_new_tokens: int | None) -> int:

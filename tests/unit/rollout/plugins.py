@@ -108,6 +108,11 @@ async def own_reward(args, sample, sampling_params):
     return sample
 
 
+async def own_prompt(args, sample, sampling_params):
+    sample.prompt += str(sample.index)
+    return await generate(args, sample, sampling_params)
+
+
 async def two_turns(args, sample, sampling_params):
     """Calls the engine again although its first call may have been aborted."""
     await generate(args, sample, dict(sampling_params))

@@ -7,13 +7,25 @@ from slime.rollout.sample_hooks import set_current_rollout_id
 from slime.rollout.sampling import rollout_sampling_params
 from slime.rollout.sglang_rollout import GenerateState, generate, generate_and_rm, generate_and_rm_group, get_model_url
 from slime.utils.types import Sample
-from tests.unit.rollout import plugins
+from tests.unit.rollout import fakes, plugins
 
 PLUGINS = plugins.__name__
 
 
 def text(ids):
     return "".join(map(chr, ids))
+
+
+def count_encodings(monkeypatch):
+    """The texts that are tokenized from now on."""
+    asked, encode = [], fakes.FakeTokenizer.encode
+
+    def counting(self, text, add_special_tokens=True):
+        asked.append(text)
+        return encode(self, text, add_special_tokens)
+
+    monkeypatch.setattr(fakes.FakeTokenizer, "encode", counting)
+    return asked
 
 
 async def one(args, sample, **kwargs):
@@ -56,6 +68,27 @@ async def test_the_payload_is_what_the_engine_documents(engine, make_args):
     assert sample.loss_mask == [1, 1]
     assert sample.weight_versions == ["1"]
     assert sample.status is Sample.Status.COMPLETED
+
+
+async def test_the_prompt_of_a_group_is_tokenized_once(engine, make_args, monkeypatch):
+    asked = count_encodings(monkeypatch)
+    args = make_args()
+    groups = [[Sample(prompt=prompt, index=i) for i in range(3)] for prompt in ("one", "two")]
+    made = [
+        sample for group in groups for sample in await generate_and_rm_group(args, group, rollout_sampling_params(args))
+    ]
+    assert asked == ["one", "two"]
+    assert [text(sample.tokens) for sample in made] == ["oneok"] * 3 + ["twook"] * 3
+    assert [text(request["input_ids"]) for request in engine.requests] == ["one"] * 3 + ["two"] * 3
+
+
+async def test_a_prompt_that_a_generate_function_changed_is_tokenized_as_it_is_then(engine, make_args, monkeypatch):
+    asked = count_encodings(monkeypatch)
+    args = make_args(custom_generate_function_path=f"{PLUGINS}.own_prompt")
+    group = [Sample(prompt="one", index=i) for i in range(3)]
+    await generate_and_rm_group(args, group, rollout_sampling_params(args))
+    assert sorted(text(request["input_ids"]) for request in engine.requests) == ["one0", "one1", "one2"]
+    assert asked == ["one0", "one1", "one2"]
 
 
 async def test_nucleus_sampling_asks_for_the_kept_vocabulary(engine, make_args):
