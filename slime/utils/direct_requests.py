@@ -4,6 +4,7 @@ The router (0.3.2) reads `/generate` into a form of its own and sends on what it
 without a word. `KEPT_FIELDS` and `KEPT_SAMPLING_FIELDS` were measured with an engine that tells what arrived.
 """
 
+import asyncio
 import hashlib
 import time
 from collections import Counter
@@ -33,16 +34,20 @@ KEPT_SAMPLING_FIELDS = frozenset(
         *("ignore_eos", "skip_special_tokens", "no_stop_trim", "sampling_seed"),
     }
 )
+IDLE_SAMPLING_FIELDS = frozenset({"spaces_between_special_tokens"})
+"""Dropped too, and nothing is lost: no tokenizer of transformers 5 but those for speech looks at it. The default
+rollout always sends it."""
 ROUTING_KEY = "X-SMG-Routing-Key"
 """Header whose requests go to the same engine, by the router and here."""
 _LIST_AGE_S = 2.0
+_LIST_TIMEOUT_S = 30.0
 
 Fetch = Callable[[str], Awaitable[Any]]
 """GET of a URL: the JSON of its answer."""
 
 
 def dropped_fields(payload: Any) -> list[str]:
-    """Names of the fields of a `/generate` request that the router would not send on."""
+    """Names of the fields of a `/generate` request that the router would not send on, and whose loss would be felt."""
     if not isinstance(payload, dict):
         return []
     dropped = [name for name, value in payload.items() if value is not None and name not in KEPT_FIELDS]
@@ -50,7 +55,7 @@ def dropped_fields(payload: Any) -> list[str]:
     if isinstance(sampling, list):  # the router takes one for all
         return [*dropped, "sampling_params[]"]
     for name, value in (sampling or {}).items():
-        if value is not None and name not in KEPT_SAMPLING_FIELDS:
+        if value is not None and name not in KEPT_SAMPLING_FIELDS | IDLE_SAMPLING_FIELDS:
             dropped.append(f"sampling_params.{name}")
     return dropped
 
@@ -61,6 +66,7 @@ class DirectRequests:
     def __init__(self) -> None:
         self._routers: set[str] = set()
         self._lists: dict[str, tuple[float, list[dict[str, Any]]]] = {}
+        self._asking: dict[str, asyncio.Task[list[dict[str, Any]]]] = {}
         self._in_flight: Counter[str] = Counter()
         self._served: Counter[str] = Counter()
 
@@ -68,6 +74,7 @@ class DirectRequests:
         """These are the run's routers; requests to other servers stay as they are."""
         self._routers = {urlsplit(url).netloc for url in urls}
         self._lists.clear()
+        self._asking.clear()
 
     def concerns(self, url: str, payload: Any) -> list[str]:
         """The fields for which a request cannot go through the router at `url`; empty where it can."""
@@ -99,28 +106,51 @@ class DirectRequests:
         return min(engines, key=lambda engine: (self._in_flight[engine], self._served[engine])) + "/generate"
 
     @contextmanager
-    def counted(self, target: str) -> Iterator[None]:
-        """The engine at `target` has one request more."""
+    def counted(self, url: str, target: str) -> Iterator[None]:
+        """The engine at `target`, behind the router at `url`, has one request more; if it is lost, the list is old."""
         engine = target.removesuffix("/generate")
         self._in_flight[engine] += 1
         self._served[engine] += 1
         try:
             yield
+        except httpx.TransportError:
+            self.forget(url)
+            raise
         finally:
             self._in_flight[engine] -= 1
 
     def forget(self, url: str) -> None:
-        """An engine of this router failed: ask for the list again."""
-        self._lists.pop(urlsplit(url).netloc, None)
+        """An engine of this router failed: ask for the list again, also where an answer is on its way."""
+        router = urlsplit(url).netloc
+        self._lists.pop(router, None)
+        self._asking.pop(router, None)
 
     async def _workers(self, url: str, fetch: Fetch) -> list[dict[str, Any]]:
+        """The router's list, asked for once by all requests that want it at the same time."""
+        router = urlsplit(url).netloc
+        asked_s, workers = self._lists.get(router, (0.0, []))
+        if workers and time.monotonic() - asked_s <= _LIST_AGE_S:
+            return workers
+        asking = self._asking.get(router)
+        if asking is None or asking.get_loop() is not asyncio.get_running_loop():
+            asking = self._asking[router] = asyncio.create_task(self._ask(url, fetch))
+        return await asyncio.shield(asking)  # a request that is given up does not take the others' answer along
+
+    async def _ask(self, url: str, fetch: Fetch) -> list[dict[str, Any]]:
         parts = urlsplit(url)
-        asked_s, workers = self._lists.get(parts.netloc, (0.0, []))
-        if not workers or time.monotonic() - asked_s > _LIST_AGE_S:
-            answer = await fetch(f"{parts.scheme}://{parts.netloc}/workers")
+        router = parts.netloc
+        try:
+            async with asyncio.timeout(_LIST_TIMEOUT_S):
+                answer = await fetch(f"{parts.scheme}://{router}/workers")
             workers = list(answer.get("workers") or [])
-            self._lists[parts.netloc] = (time.monotonic(), workers)
-        return workers
+            if self._asking.get(router) is asyncio.current_task():
+                self._lists[router] = (time.monotonic(), workers)
+            return workers
+        except TimeoutError:
+            raise httpx.ConnectError(f"the router at {url} did not list its engines in {_LIST_TIMEOUT_S:g} s") from None
+        finally:
+            if self._asking.get(router) is asyncio.current_task():
+                del self._asking[router]
 
 
 def _weight(routing_key: str, engine: str) -> bytes:

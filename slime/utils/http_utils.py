@@ -189,12 +189,7 @@ async def _attempt(method: str, url: str, payload: Any, headers: dict[str, str] 
         if url.endswith(_GENERATE):
             stack.enter_context(_counted_as_generating())
         target = await _target(url, payload, headers, stack)
-        try:
-            reply = await _client().request(method, target, json=payload, headers=headers_for(target, headers))
-        except httpx.TransportError:
-            if target != url:
-                _direct.forget(url)
-            raise
+        reply = await _client().request(method, target, json=payload, headers=headers_for(target, headers))
     if reply.status_code >= 400:
         raise _status_error(method, target, reply)
     try:
@@ -233,7 +228,7 @@ async def _target(url: str, payload: Any, headers: dict[str, str] | None, stack:
     if not dropped:
         return url
     target = await _direct.choose(url, dropped, (headers or {}).get(ROUTING_KEY), _list_of_engines)
-    stack.enter_context(_direct.counted(target))
+    stack.enter_context(_direct.counted(url, target))
     return target
 
 

@@ -143,6 +143,14 @@ def test_a_special_token_shows_in_the_text_when_asked(engine, reference):
     assert shown["text"].startswith(reference.tokenizer.decode([reference.eos_id]))
 
 
+def test_spaces_between_special_tokens_changes_no_text(engine, prompt, reference):
+    """The router drops this field, so nothing may hang on it."""
+    ends = {"ignore_eos": True, "skip_special_tokens": False, "logit_bias": {str(reference.eos_id): 100.0}}
+    replies = [engine.greedy(prompt, 3, spaces_between_special_tokens=value, **ends) for value in (False, True)]
+    assert [reply["output_ids"] for reply in replies] == [[reference.eos_id] * 3] * 2
+    assert [reply["text"] for reply in replies] == [reference.tokenizer.decode([reference.eos_id] * 3)] * 2
+
+
 def stop_inside(ten_greedy: dict, reference: Reference) -> tuple[str, int]:
     """A string in the middle of ten greedy tokens' text, and how many tokens it takes until it is complete."""
     ids = ten_greedy["output_ids"]

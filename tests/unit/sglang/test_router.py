@@ -8,9 +8,10 @@ import pytest
 
 from slime.backends.sglang.router import RouterClient, router_command
 from slime.utils import http_utils
-from slime.utils.direct_requests import KEPT_FIELDS, KEPT_SAMPLING_FIELDS, dropped_fields
+from slime.utils.direct_requests import IDLE_SAMPLING_FIELDS, KEPT_FIELDS, KEPT_SAMPLING_FIELDS, dropped_fields
 from slime.utils.processes import ServerProcess, free_port
 from slime.weight_sync.base import EngineError
+from tests.unit.sglang.conftest import FakeEngine
 
 HOST = "127.0.0.1"
 
@@ -114,6 +115,30 @@ def test_a_request_that_fails_reaches_its_engine_once_however_many_have_failed(r
     client.remove_worker(worker.url)
 
 
+async def test_the_policy_sends_the_samples_of_a_prompt_to_the_engine_that_knows_it(worker, tmp_path, monkeypatch):
+    """Engines that were taken in turn would each read every prompt of the default rollout."""
+    other = FakeEngine()
+    other.replies = worker.replies
+    port = free_port()
+    argv, env = router_command(Namespace(router_policy="cache_aware"), HOST, port, free_port())
+    process, url = ServerProcess("router", argv, env, tmp_path / "router.log"), f"http://{HOST}:{port}"
+    process.start()
+    try:
+        process.wait_until_healthy(f"{url}/liveness", 60)
+        for engine in (worker, other):
+            RouterClient(url).add_worker(engine.url, timeout_s=30)
+        monkeypatch.setattr(http_utils, "_direct", http_utils.DirectRequests())
+        http_utils._direct.know_routers([url])
+        params = {"max_new_tokens": 1, "spaces_between_special_tokens": False}
+        for _ in range(4):
+            await http_utils.post(f"{url}/generate", {"input_ids": [5] * 50, "sampling_params": params})
+    finally:
+        process.terminate()
+        other.close()
+    counts = [[path for _, path, _ in engine.asked].count("/generate") for engine in (worker, other)]
+    assert sorted(counts) == [0, 4]
+
+
 def test_with_a_key_the_router_asks_for_it_and_shows_it_to_engines(worker, tmp_path, monkeypatch):
     monkeypatch.setenv("SLIME_API_KEY", "secret")
     port = free_port()
@@ -177,6 +202,7 @@ SAMPLING_FIELDS = {
     "ignore_eos": True,
     "skip_special_tokens": False,
     "no_stop_trim": True,
+    "spaces_between_special_tokens": False,
     "custom_params": {"a": 1},
 }
 
@@ -203,7 +229,8 @@ def test_what_the_router_drops_is_known_field_by_field(router, worker):
         ]
     }
     client.remove_worker(worker.url)
-    assert lost == {field for request in requests for field in dropped_fields(request)}
+    idle = {f"sampling_params.{name}" for name in IDLE_SAMPLING_FIELDS}
+    assert lost == idle | {field for request in requests for field in dropped_fields(request)}
     assert FIELDS.keys() >= KEPT_FIELDS - {"sampling_params"} and SAMPLING_FIELDS.keys() >= KEPT_SAMPLING_FIELDS
 
 
