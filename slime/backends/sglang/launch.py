@@ -50,12 +50,11 @@ def server_command(args: Namespace, spec: EngineSpec) -> tuple[list[str], dict[s
     """Command line and whole environment of the SGLang server that `spec` describes.
 
     Values that slime knows come first (model, address, devices, seed, memory saver), then every `args.sglang_*` that
-    differs from SGLang's default. Keys go by the environment (`server_main`).
+    differs from SGLang's default. Keys go by the environment (see `server_main`, by which it starts).
     """
     args = Namespace(**(vars(args) | {f"sglang_{name}": value for name, value in spec.overrides.items()}))
     keys = {KEY_VARIABLE: api_key(args), ADMIN_VARIABLE: admin_key(args)}
-    start = [server_main.__file__] if any(keys.values()) else ["-m", "sglang.launch_server"]
-    argv = [os.environ.get(PYTHON_VARIABLE) or sys.executable, *start]
+    argv = [os.environ.get(PYTHON_VARIABLE) or sys.executable, server_main.__file__]
     argv += _from_spec(args, spec)
     argv += changed_flags(args, "sglang", without=_OURS)
     defaults = _CPU_DEFAULTS if spec.device == "cpu" else _gpu_defaults(args)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import pytest
 
 from slime.arguments.parser import read_command_line
@@ -124,6 +125,8 @@ def start_engine(stock: Stock, tmp_path_factory: pytest.TempPathFactory) -> Iter
             server.wait_until_healthy(f"http://{HOST}:{port}/health", START_TIMEOUT_S[kind])
         except ServerError as error:
             pytest.fail(str(error), pytrace=False)
+        if kind == "sglang" and stock.device == "cuda":
+            _compile_samplers(f"http://{HOST}:{port}")
         return Engine(f"http://{HOST}:{port}", kind, folder / "weights")
 
     yield start
@@ -153,6 +156,13 @@ def left_running(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     if "engine" in request.fixturenames:
         request.getfixturevalue("engine").settle()
+
+
+def _compile_samplers(url: str) -> None:
+    """On a new machine the first request with a limit waits until its kernels are compiled, a minute and more."""
+    limits = {"top_k": 2, "top_p": 0.9, "min_p": 0.1, "max_new_tokens": 2}
+    reply = httpx.post(f"{url}/generate", json={"input_ids": [5, 6], "sampling_params": limits}, timeout=500)
+    reply.raise_for_status()
 
 
 def _embedded(model: Path, port: int, folder: Path) -> tuple[list[str], dict[str, str]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from slime.backends.base import EngineSpec
+from slime.backends.sglang import server_main
 from slime.backends.sglang.launch import PYTHON_VARIABLE, server_command, shared_nccl_settings
 
 
@@ -22,9 +23,9 @@ def spec(**changes) -> EngineSpec:
 
 def options(argv: list[str]) -> dict[str, str | list[str] | None]:
     """Flag -> its value, list of values, or None for a switch."""
-    assert argv[1:3] == ["-m", "sglang.launch_server"]
+    assert argv[1] == server_main.__file__
     found: dict[str, list[str]] = {}
-    for word in argv[3:]:
+    for word in argv[2:]:
         if word.startswith("--"):
             assert word not in found, f"{word} is given twice"
             found[word] = []
@@ -172,24 +173,65 @@ def test_the_keys_of_a_stock_server_stand_in_its_environment_and_not_on_its_comm
     assert (env["SLIME_API_KEY"], env["SLIME_ADMIN_API_KEY"]) == ("-secret", "more")
 
 
+def in_sglangs_place(folder: Path, **modules: str) -> None:
+    """A package `sglang` with these modules, in a folder that an interpreter without slime looks into."""
+    (folder / "sglang").mkdir()
+    (folder / "sglang" / "__init__.py").touch()
+    for name, text in modules.items():
+        (folder / "sglang" / f"{name}.py").write_text(text)
+
+
+def reply_of_the_server(folder: Path, argv: list[str], env: dict[str, str]) -> list:
+    done = subprocess.run(argv, env=env, cwd=folder, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout)
+
+
 def test_a_stock_server_reads_its_keys_as_arguments_that_the_system_does_not_show(tmp_path):
-    """With a package in SGLang's place, in a folder that an interpreter without slime looks into."""
-    package = tmp_path / "sglang"
-    package.mkdir()
-    (package / "__init__.py").touch()
-    (package / "launch_server.py").write_text(
-        "import json, os, pathlib, sys\n"
+    in_sglangs_place(
+        tmp_path,
+        launch_server="import json, os, pathlib, sys\n"
         "shown = pathlib.Path('/proc/self/cmdline').read_text().split(chr(0))\n"
         "keys = [name for name in os.environ if name.startswith('SLIME_')]\n"
-        "main = sys.modules['__main__'].__spec__.name  # what multiprocessing starts its children with\n"
-        "print(json.dumps([__name__, sys.argv[1:], shown[1:-1], keys, main]))\n"
+        "print(json.dumps([__name__, sys.argv[1:], shown[1:-1], keys]))\n",
     )
     argv, env = server_command(Namespace(sglang_api_key="-secret", sglang_admin_api_key="more"), spec())
-    reply = subprocess.run([argv[0], *argv[1:]], env=env, cwd=tmp_path, capture_output=True, text=True, check=True)
-    name, seen, shown, keys, main = json.loads(reply.stdout)
-    assert (name, main, keys) == ("__main__", "sglang.launch_server", [])
+    name, seen, shown, keys = reply_of_the_server(tmp_path, argv, env)
+    assert (name, keys) == ("__main__", [])
     assert seen == [*argv[2:], "--api-key=-secret", "--admin-api-key=more"]
     assert shown == argv[1:]
+
+
+def test_no_process_of_a_stock_server_sees_megatron(tmp_path):
+    """megatron-core would set torch_memory_saver to a mode in which CUDA graphs do not give their memory back."""
+    (tmp_path / "megatron").mkdir()
+    (tmp_path / "megatron" / "__init__.py").touch()
+    in_sglangs_place(
+        tmp_path,
+        scheduler="def tells(queue):\n"
+        "    try:\n"
+        "        import megatron\n"
+        "    except ImportError:\n"
+        "        queue.put(False)\n"
+        "    else:\n"
+        "        queue.put(True)\n",
+        launch_server="import json, multiprocessing, queue\n"
+        "from sglang import scheduler\n"
+        "if __name__ == '__main__':\n"
+        "    replies = []\n"
+        "    mine = queue.Queue()\n"
+        "    scheduler.tells(mine)\n"
+        "    replies.append(mine.get())\n"
+        "    for method in ('spawn', 'fork'):\n"
+        "        context = multiprocessing.get_context(method)\n"
+        "        its = context.Queue()\n"
+        "        child = context.Process(target=scheduler.tells, args=(its,))\n"
+        "        child.start()\n"
+        "        replies.append(its.get(timeout=60))\n"
+        "        child.join()\n"
+        "    print(json.dumps(replies))\n",
+    )
+    argv, env = server_command(Namespace(), spec())
+    assert reply_of_the_server(tmp_path, argv, env) == [False, False, False]
 
 
 def test_health_answers_while_an_engine_is_paused():
