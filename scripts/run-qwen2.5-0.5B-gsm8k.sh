@@ -33,9 +33,11 @@ EVAL_ARGS=(
 )
 GRPO_ARGS=(
   --advantage-estimator grpo --eps-clip 0.2 --eps-clip-high 0.28 --entropy-coef 0
+  --calculate-per-token-loss  # a long wrong answer counts token by token: benchmarks/h200.md has both ways
 )
 OPTIMIZER_ARGS=(
-  --optimizer adam --lr 4e-6 --lr-decay-style constant --weight-decay 0.01 --adam-beta1 0.9 --adam-beta2 0.98
+  --optimizer adam --lr 4e-6 --lr-decay-style cosine --min-lr 4e-7
+  --weight-decay 0.01 --adam-beta1 0.9 --adam-beta2 0.98
 )
 PERF_ARGS=(
   --use-dynamic-batch-size --max-tokens-per-gpu 16384
