@@ -133,6 +133,7 @@ def _config(
     facts: dict[str, Any] = {
         "megatron": {f.dest: values[f.dest] for f in (*tables["megatron"], *own)},
         "sglang": {f.dest: values[f.dest] for f in tables["sglang"]},
+        "router": {f.dest: values[f.dest] for f in tables["router"]},
         "given": frozenset(given),
         "loop": loop,
         "machine": machine,

@@ -40,6 +40,8 @@ class Config:
     """Megatron-LM's values by dest."""
     sglang: Mapping[str, Any] = field(default_factory=dict)
     """SGLang's values by `sglang_` dest."""
+    router: Mapping[str, Any] = field(default_factory=dict)
+    """The router's values by `router_` dest."""
     given: frozenset[str] = frozenset()
     """Dests that the user set; all others hold defaults."""
     loop: Literal["sync", "async"] = "sync"

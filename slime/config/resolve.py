@@ -122,7 +122,11 @@ def _plan(
             **_async_updates(config),
         },
         notes=tuple(notes + _notes(config, placement, engine.value, batch)),
-        given={dest: value for dest, value in {**config.megatron, **config.sglang}.items() if dest in config.given},
+        given={
+            dest: value
+            for dest, value in {**config.megatron, **config.sglang, **config.router}.items()
+            if dest in config.given
+        },
     )
 
 

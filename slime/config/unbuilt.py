@@ -21,8 +21,14 @@ def _not(default: Any) -> _Test:
     return lambda value: value != default
 
 
+def _only(refused: Any) -> _Test:
+    return lambda value: value == refused
+
+
+_TWO_WORKERS = "the router wants two engines at its own start for it, and gets them afterwards; use cache_aware"
+
 UNBUILT: dict[str, tuple[_Test, str]] = {
-    "advantage_estimator": (lambda value: value == "ppo", "there is no critic; use grpo"),
+    "advantage_estimator": (_only("ppo"), "there is no critic; use grpo"),
     "context_parallel_size": (_not(1), "the trainer does not slice a sequence; use 1"),
     "expert_model_parallel_size": (_not(1), "mixtures of experts are not trained; use 1"),
     "expert_tensor_parallel_size": (_not(1), "mixtures of experts are not trained; leave it out"),
@@ -48,6 +54,9 @@ UNBUILT: dict[str, tuple[_Test, str]] = {
     "rollout_data_transport": (_not("object-store"), "use object-store"),
     "router_api_key": (_is_on, "router and engines share one key; use --sglang-api-key"),
     "router_control_plane_api_keys": (_is_on, "router and engines share one key; use --sglang-api-key"),
+    "router_policy": (_only("power_of_two"), _TWO_WORKERS),
+    "router_prefill_policy": (_only("power_of_two"), _TWO_WORKERS),
+    "router_decode_policy": (_only("power_of_two"), _TWO_WORKERS),
     "model_name": (_is_on, "the family of a model is read from its config.json; leave it out"),
     "rollout_top_p": (
         _not(1.0), "training needs the kept tokens of each step, which stock engines do not return; leave it at 1"

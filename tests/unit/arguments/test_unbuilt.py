@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from slime.arguments import parse_args
+from slime.arguments.build import finish
 from slime.arguments.help_text import with_state
 from slime.arguments.megatron_check import no_megatron_flag_is_ignored
-from slime.arguments.parser import slime_flags, table_flags
+from slime.arguments.parser import read_command_line, slime_flags, table_flags
 from slime.config import ConfigError, Machine
 from slime.config.eval_datasets import FALLBACKS
 from slime.config.groups import GROUPS
@@ -41,8 +42,27 @@ def test_an_unbuilt_flag_ends_the_start_with_what_to_do_instead(
     assert "--num-data-workers 4 is not built yet" in message
 
 
-def test_a_key_is_not_shown(files: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert "hunter2" not in refusal(right_command_line(files, "--sglang-admin-api-key hunter2"), capsys)
+def test_of_a_flag_with_choices_only_those_that_cannot_be_are_refused(
+    files: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = refusal(right_command_line(files, "--router-policy power_of_two"), capsys)
+    assert "--router-policy power_of_two is not built yet: the router wants two engines" in message
+    assert parse_args(right_command_line(files, "--router-policy round_robin")).router_policy == "round_robin"
+
+
+@pytest.mark.parametrize("flag", ["--sglang-admin-api-key", "--router-api-key"])
+def test_a_key_is_not_shown(flag: str, files: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    message = refusal(right_command_line(files, f"{flag} hunter2"), capsys)
+    assert flag in message
+    assert "hunter2" not in message
+
+
+def test_a_plan_knows_of_every_unbuilt_flag_that_it_was_given(files: dict[str, str]) -> None:
+    """Only what stands in `plan.given` can be refused; the flags come from four tables."""
+    line = read_command_line(right_command_line(files))
+    line.given |= UNBUILT.keys()
+    args = finish(line, loop="sync", machine=Machine(cores=8))
+    assert UNBUILT.keys() - args.plan.given.keys() == set()
 
 
 GPUS = Machine(cores=64, num_gpus=8, has_sglang=True)
