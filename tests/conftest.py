@@ -1,7 +1,14 @@
 """What every test shares: markers by folder, and few threads."""
 
 import os
+import signal
 from pathlib import Path
+
+# In the background of a script, and under nohup, these are ignored here and in every program that a test starts. With a
+# handler that does nothing they still are here, and a started program has the default.
+for number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, lambda *_: None)
 
 # Before torch is imported: tests run beside each other's processes, and idle OpenMP threads must not spin.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
