@@ -35,6 +35,7 @@ class RayTrainGroup:
     def __init__(self, args: Namespace, devices: Any, role: str = "actor") -> None:
         self._args, self._devices, self._role = args, devices, role
         self._actors: list[Any] = []
+        self._is_loaded = False
         self._version = int(getattr(args, "update_weight_start_version", 0) or 0)
 
         self.has_trained_since_sync = False
@@ -49,10 +50,13 @@ class RayTrainGroup:
         """Count on after a resume: samples kept from before carry versions up to that many."""
         self._version = max(self._version, newest)
 
-    def create(self, rollout_manager: Any = None) -> list[int]:
-        """Start all ranks and load the model; returns each rank's first rollout id. Does nothing when alive."""
+    def begin(self) -> None:
+        """Start all ranks' processes, which import what they will need and take nothing of their devices; not awaited.
+
+        Does nothing when they run.
+        """
         if self._actors:
-            return []
+            return
         world_size = len(self._devices.bundles)
         env = thread_env(self._args.train_threads) | _TRAIN_ENV | shared_nccl_settings(self._args)
         env |= dict(self._args.train_env_vars or {})
@@ -73,12 +77,20 @@ class RayTrainGroup:
                 .options(**options)
                 .remote(self._args, rank, world_size, self._role)
             )
+            self._actors[-1].prepare.remote()
+
+    def create(self, rollout_manager: Any = None) -> list[int]:
+        """Start all ranks and load the model; returns each rank's first rollout id. Does nothing when it is loaded."""
+        if self._is_loaded:
+            return []
+        self.begin()
         ((host, port),) = wait_for(
             {self._name(0): self._actors[0].get_master_addr_and_port.remote()},
             "start",
             _START_TIMEOUT_S,
         )
         start_ids = self._call("init", host, port, what="load the model")
+        self._is_loaded = True
         if rollout_manager is not None:
             (config,) = wait_for({self._name(0): self._actors[0].parallel_config.remote()}, "tell its layout")
             wait_for(
@@ -153,7 +165,7 @@ class RayTrainGroup:
         """End all ranks."""
         for actor in self._actors:
             ray.kill(actor)
-        self._actors = []
+        self._actors, self._is_loaded = [], False
 
     def _visible_device(self, rank: int) -> dict[str, str]:
         device_id = self._devices.device_ids[rank]

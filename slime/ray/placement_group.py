@@ -146,9 +146,22 @@ def dispose(manager: Any) -> None:
         logger.warning("the rollout manager did not end its servers: %s", error)
 
 
-def create_training_models(args: Namespace, groups: dict[str, Devices], rollout_manager: Any) -> tuple[Any, Any]:
-    """Build the trainers; returns (actor group, critic group or None) and resolves `args.start_rollout_id`."""
+def begin_training_models(args: Namespace, groups: dict[str, Devices]) -> RayTrainGroup:
+    """Start the trainers' processes, beside engines that start too; `create_training_models` takes the devices."""
     actor = RayTrainGroup(args, devices=groups["actor"], role="actor")
+    actor.begin()
+    return actor
+
+
+def create_training_models(
+    args: Namespace, groups: dict[str, Devices], rollout_manager: Any, begun: RayTrainGroup | None = None
+) -> tuple[Any, Any]:
+    """Build the trainers, or go on with what `begin_training_models` returned; resolves `args.start_rollout_id`.
+
+    Returns:
+        (actor group, critic group or None)
+    """
+    actor = begun or RayTrainGroup(args, devices=groups["actor"], role="actor")
     start_ids = actor.create(rollout_manager)
     if args.start_rollout_id is None:
         args.start_rollout_id = start_ids[0]

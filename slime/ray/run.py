@@ -19,10 +19,12 @@ from slime.observability.run_log import RunLog
 from slime.observability.run_status import ProcessInfo, RunStatus
 from slime.observability.timer import StepClock
 from slime.ray import cluster
+from slime.ray.actor_group import RayTrainGroup
 from slime.ray.leaving import Leaving, Preempted
 from slime.ray.liveness import Liveness
 from slime.ray.placement_group import (
     Devices,
+    begin_training_models,
     create_placement_groups,
     create_rollout_manager,
     create_training_models,
@@ -179,22 +181,25 @@ class Run:
         # SGLang takes its share of what is free when it starts, so a trainer on the same GPU comes after it.
         shares_gpu = args.colocate and args.device == "cuda"
         waits = shares_gpu or args.offload_rollout or args.num_rollout is None or args.debug_rollout_only
+        # What a trainer imports it can import meanwhile; it is told the number of rollouts when its process starts.
+        begins = waits and args.num_rollout is not None and not args.debug_rollout_only
+        begun = begin_training_models(args, groups) if begins else None
         rollouts_per_epoch = wait_until_started(args, self._manager, starting) if waits else None
         if args.debug_rollout_only:
             args.start_rollout_id = args.start_rollout_id or 0
         else:
             self._turns.to_loading(self._clock)
-            self._start_trainer(groups)
+            self._start_trainer(groups, begun)
         if not waits:
             rollouts_per_epoch = wait_until_started(args, self._manager, starting)
         if self._actor is not None and args.start_rollout_id > 0:
             self._actor.continue_versions(self._ask("load", args.start_rollout_id - 1, what="load the data position"))
         return rollouts_per_epoch
 
-    def _start_trainer(self, groups: dict[str, Devices]) -> None:
+    def _start_trainer(self, groups: dict[str, Devices], begun: RayTrainGroup | None) -> None:
         num_ranks = len(groups["actor"].bundles)
         logger.info("starting %d trainer rank(s), loading %s", num_ranks, self.args.hf_checkpoint)
-        self._actor, _ = create_training_models(self.args, groups, self._manager)
+        self._actor, _ = create_training_models(self.args, groups, self._manager, begun)
         for name, actor in self._actor.actors().items():
             self._liveness.watch(name, actor)
         self._turns.trainer = self._actor

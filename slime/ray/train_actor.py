@@ -38,6 +38,10 @@ class TrainRayActor(Pulse):
         self._trainer: Trainer | None = None
         self._sync: WeightSync | None = None
 
+    def prepare(self) -> None:
+        """Import what `init` needs, which takes seconds and no device."""
+        import slime.backends.megatron.trainer  # noqa: F401
+
     def get_master_addr_and_port(self) -> tuple[str, int]:
         """Where rank 0 will listen for the other ranks."""
         host = cluster.own_host(self._args)
