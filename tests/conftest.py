@@ -4,12 +4,6 @@ import os
 import signal
 from pathlib import Path
 
-# In the background of a script, and under nohup, these are ignored here and in every program that a test starts. With a
-# handler that does nothing they still are here, and a started program has the default.
-for number in (signal.SIGINT, signal.SIGHUP):
-    if signal.getsignal(number) is signal.SIG_IGN:
-        signal.signal(number, lambda *_: None)
-
 # Before torch is imported: tests run beside each other's processes, and idle OpenMP threads must not spin.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -20,6 +14,12 @@ import hypothesis
 import pytest
 
 from tests.distributed.pool import RankPool, close_pool, pool
+
+# In the background of a script, and under nohup, these are ignored here and in every program that a test starts. With a
+# handler that does nothing they still are here, and a started program has the default.
+for number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, lambda *_: None)
 
 # A shared machine is sometimes slow, which says nothing about the code under test.
 hypothesis.settings.register_profile("slime", deadline=None)
