@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -9,10 +10,12 @@ from typing import Any
 
 from slime.backends.base import EngineClient, EngineSpec
 from slime.backends.sglang.client import SGLangClient
+from slime.backends.sglang.launch import limits_of_sampling
 from slime.observability.run_status import ProcessInfo
 from slime.ray.cluster import enter_working_dir, own_host
 from slime.ray.liveness import Pulse
 from slime.utils.processes import ServerProcess, free_port
+from slime.weight_sync.base import EngineError
 
 _STOP_TIMEOUT_S = 2.0  # SGLang drains for longer, but nothing it holds is worth waiting for
 _KILL_TIMEOUT_S = 0.5
@@ -79,8 +82,26 @@ class EngineActor(Pulse):
         return self._spec
 
     def wait_until_healthy(self, timeout_s: float) -> None:
-        """Block until the server answers; its death or silence is an error with its last log lines."""
+        """Block until the server answers and has compiled what it will need.
+
+        Raises:
+            ServerError: it ended, or was silent for `timeout_s`; with its last log lines.
+            EngineError: it refused the request that makes it compile.
+        """
+        deadline = time.monotonic() + timeout_s
         self._started().wait_until_healthy(f"{self._spec.url}/health", timeout_s)
+        sampling = limits_of_sampling(self._args)
+        if self._spec.device == "cuda" and self._spec.worker_type == "regular" and sampling is not None:
+            self._warm_up(sampling, max(deadline - time.monotonic(), 1.0))
+
+    def _warm_up(self, sampling: dict[str, Any], timeout_s: float) -> None:
+        client = SGLangClient(self._spec.url, name=self._spec.name, timeout_s=timeout_s)
+        try:
+            client.warm_up(sampling)
+        except EngineError as error:
+            raise EngineError(self.how_it_ended() or f"{error}\n{self.log_tail()}") from error
+        finally:
+            client.close()
 
     def how_it_ended(self) -> str | None:
         """None while the server runs and before it does; else how and when it ended, and its last log lines."""

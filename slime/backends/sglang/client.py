@@ -109,6 +109,10 @@ class SGLangClient:
                 raise self._error("POST /flush_cache", _describe(reply))
             time.sleep(_FLUSH_RETRY_S)
 
+    def warm_up(self, sampling_params: dict[str, Any]) -> None:
+        """Generate a token, so that what these sampling parameters need is compiled."""
+        self._post("/generate", {"input_ids": [1], "sampling_params": {**sampling_params, "max_new_tokens": 1}})
+
     def release_memory(self, tags: Sequence[str] | None = None) -> None:
         """Give back the memory of `tags` ("weights", "kv_cache", "cuda_graph"; None is all), once the engine is idle.
 

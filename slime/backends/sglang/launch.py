@@ -4,6 +4,7 @@ import os
 import sys
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 from slime.backends.base import EngineSpec
 from slime.backends.sglang import server_main
@@ -65,6 +66,19 @@ def server_command(args: Namespace, spec: EngineSpec) -> tuple[list[str], dict[s
             argv += ["--" + dest.removeprefix("sglang_").replace("_", "-"), value]
     saves_memory = "--enable-memory-saver" in argv
     return argv, _environment(spec, saves_memory) | {variable: key for variable, key in keys.items() if key}
+
+
+def limits_of_sampling(args: Namespace) -> dict[str, Any] | None:
+    """Sampling parameters like those with which the run limits what may be sampled; None where it never does.
+
+    SGLang compiles the kernels for limits at the first request that has one, which takes a minute and more on a new
+    machine; meanwhile its scheduler answers nobody.
+    """
+    used = [(getattr(args, "rollout_top_p", None), getattr(args, "rollout_top_k", None))]
+    used += [(dataset.top_p, dataset.top_k) for dataset in getattr(args, "eval_datasets", None) or ()]
+    if any((top_p or 1.0) < 1.0 or (top_k or -1) > 1 for top_p, top_k in used):
+        return {"top_p": 0.9, "top_k": 2}
+    return None
 
 
 def shared_nccl_settings(args: Namespace) -> dict[str, str]:

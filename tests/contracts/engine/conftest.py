@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
 import pytest
 
 from slime.arguments.parser import read_command_line
 from slime.backends.base import EngineSpec
+from slime.backends.sglang.client import SGLangClient
 from slime.backends.sglang.launch import PYTHON_VARIABLE
 from slime.utils.processes import ServerError, ServerProcess, free_port
 from tests.contracts.engine.speaking import Engine, Reference
@@ -126,7 +126,9 @@ def start_engine(stock: Stock, tmp_path_factory: pytest.TempPathFactory) -> Iter
         except ServerError as error:
             pytest.fail(str(error), pytrace=False)
         if kind == "sglang" and stock.device == "cuda":
-            _compile_samplers(f"http://{HOST}:{port}")
+            client = SGLangClient(f"http://{HOST}:{port}", name="the engine", timeout_s=500)
+            client.warm_up({"top_k": 2, "top_p": 0.9, "min_p": 0.1})  # else the first test to sample so waits for nvcc
+            client.close()
         return Engine(f"http://{HOST}:{port}", kind, folder / "weights")
 
     yield start
@@ -156,13 +158,6 @@ def left_running(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     if "engine" in request.fixturenames:
         request.getfixturevalue("engine").settle()
-
-
-def _compile_samplers(url: str) -> None:
-    """On a new machine the first request with a limit waits until its kernels are compiled, a minute and more."""
-    limits = {"top_k": 2, "top_p": 0.9, "min_p": 0.1, "max_new_tokens": 2}
-    reply = httpx.post(f"{url}/generate", json={"input_ids": [5, 6], "sampling_params": limits}, timeout=500)
-    reply.raise_for_status()
 
 
 def _embedded(model: Path, port: int, folder: Path) -> tuple[list[str], dict[str, str]]:

@@ -66,6 +66,32 @@ def test_a_late_kill_spares_the_server_that_was_started_meanwhile(actor: EngineA
     assert ended is not None and second.port > 0
 
 
+LIMITED = Namespace(device="cpu", rollout_top_p=0.9, rollout_top_k=-1, eval_datasets=[])
+FREE = Namespace(device="cpu", rollout_top_p=1.0, rollout_top_k=-1, eval_datasets=[])
+
+
+@pytest.mark.parametrize(
+    ("args", "device", "worker_type", "warms_up"),
+    [
+        (LIMITED, "cuda", "regular", True),
+        (FREE, "cuda", "regular", False),
+        (LIMITED, "cpu", "regular", False),
+        (LIMITED, "cuda", "decode", False),  # alone it answers no request
+    ],
+)
+def test_a_server_on_a_gpu_compiles_the_samplers_of_the_run_before_it_serves(
+    actor: EngineActor, args: Namespace, device: str, worker_type: str, warms_up: bool
+) -> None:
+    actor._args = args
+    actor._spec = replace(actor._spec, device=device, worker_type=worker_type)
+    actor.start(1, {})
+    if warms_up:
+        with pytest.raises(EngineError, match=r"engine 0 .*POST /generate: 501"):  # the one here only knows /health
+            actor.wait_until_healthy(PATIENCE_S)
+    else:
+        actor.wait_until_healthy(PATIENCE_S)
+
+
 def test_a_server_that_was_not_started_has_not_ended(actor: EngineActor) -> None:
     assert actor.how_it_ended() is None
     actor.kill(0)

@@ -36,6 +36,11 @@ def test_it_is_what_the_framework_calls_an_engine_client(client):
         (lambda c: c.flush_cache(), "/flush_cache", None),
         (lambda c: c.abort(), "/abort_request", {"abort_all": True}),
         (lambda c: c.abort("r1"), "/abort_request", {"rid": "r1"}),
+        (
+            lambda c: c.warm_up({"top_p": 0.9}),
+            "/generate",
+            {"input_ids": [1], "sampling_params": {"top_p": 0.9, "max_new_tokens": 1}},
+        ),
         (lambda c: c.resume_memory(("weights",)), "/resume_memory_occupation", {"tags": ["weights"]}),
         (
             lambda c: c.update_weights_from_disk("/w", "3"),

@@ -10,7 +10,7 @@ import pytest
 
 from slime.backends.base import EngineSpec
 from slime.backends.sglang import server_main
-from slime.backends.sglang.launch import PYTHON_VARIABLE, server_command, shared_nccl_settings
+from slime.backends.sglang.launch import PYTHON_VARIABLE, limits_of_sampling, server_command, shared_nccl_settings
 
 
 def spec(**changes) -> EngineSpec:
@@ -232,6 +232,23 @@ def test_no_process_of_a_stock_server_sees_megatron(tmp_path):
     )
     argv, env = server_command(Namespace(), spec())
     assert reply_of_the_server(tmp_path, argv, env) == [False, False, False]
+
+
+@pytest.mark.parametrize(
+    ("rollout", "evaluation", "limited"),
+    [
+        ((1.0, -1), [], False),
+        ((1.0, 20), [], True),
+        ((0.95, -1), [], True),
+        ((1.0, -1), [(None, None), (1.0, 1)], False),  # greedy needs no such kernel
+        ((1.0, -1), [(None, None), (0.7, None)], True),
+        ((1.0, -1), [(1.0, 40)], True),
+    ],
+)
+def test_a_run_that_limits_what_may_be_sampled_says_so(rollout, evaluation, limited):
+    datasets = [Namespace(top_p=top_p, top_k=top_k) for top_p, top_k in evaluation]
+    args = Namespace(rollout_top_p=rollout[0], rollout_top_k=rollout[1], eval_datasets=datasets)
+    assert (limits_of_sampling(args) is not None) == limited
 
 
 def test_health_answers_while_an_engine_is_paused():
