@@ -14,6 +14,7 @@ from slime.backends.sglang.launch import limits_of_sampling
 from slime.observability.run_status import ProcessInfo
 from slime.ray.cluster import enter_working_dir, own_host
 from slime.ray.liveness import Pulse
+from slime.utils.api_key import api_key
 from slime.utils.processes import ServerProcess, free_port
 from slime.weight_sync.base import EngineError
 
@@ -95,7 +96,8 @@ class EngineActor(Pulse):
             self._warm_up(sampling, max(deadline - time.monotonic(), 1.0))
 
     def _warm_up(self, sampling: dict[str, Any], timeout_s: float) -> None:
-        client = SGLangClient(self._spec.url, name=self._spec.name, timeout_s=timeout_s)
+        key = api_key(self._args)  # not the admin's: SGLang asks for that one only before it is changed
+        client = SGLangClient(self._spec.url, name=self._spec.name, timeout_s=timeout_s, api_key=key)
         try:
             client.warm_up(sampling)
         except EngineError as error:

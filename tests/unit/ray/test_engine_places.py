@@ -25,6 +25,9 @@ import http.server, sys
 class H(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200); self.end_headers()
+    def do_POST(self):
+        is_allowed = self.path == "/generate" and self.headers["Authorization"] == "Bearer key"
+        self.send_response(200 if is_allowed else 401); self.end_headers()
     def log_message(self, *a): pass
 http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), H).serve_forever()
 """
@@ -66,30 +69,33 @@ def test_a_late_kill_spares_the_server_that_was_started_meanwhile(actor: EngineA
     assert ended is not None and second.port > 0
 
 
-LIMITED = Namespace(device="cpu", rollout_top_p=0.9, rollout_top_k=-1, eval_datasets=[])
-FREE = Namespace(device="cpu", rollout_top_p=1.0, rollout_top_k=-1, eval_datasets=[])
+def sampling(top_p: float = 1.0, **keys: str) -> Namespace:
+    return Namespace(device="cpu", rollout_top_p=top_p, rollout_top_k=-1, eval_datasets=[], **keys)
+
+
+def test_a_server_on_a_gpu_compiles_the_samplers_of_the_run_before_it_serves(actor: EngineActor) -> None:
+    """With the key for requests, which is another than the one for control where there are both."""
+    actor._args = sampling(0.9, sglang_api_key="key", sglang_admin_api_key="admin")
+    actor._spec = replace(actor._spec, device="cuda")
+    actor.start(1, {})
+    actor.wait_until_healthy(PATIENCE_S)
+    actor._args = sampling(0.9, sglang_api_key="another")
+    with pytest.raises(EngineError, match=r"engine 0 .*POST /generate: 401"):
+        actor.wait_until_healthy(PATIENCE_S)
 
 
 @pytest.mark.parametrize(
-    ("args", "device", "worker_type", "warms_up"),
-    [
-        (LIMITED, "cuda", "regular", True),
-        (FREE, "cuda", "regular", False),
-        (LIMITED, "cpu", "regular", False),
-        (LIMITED, "cuda", "decode", False),  # alone it answers no request
-    ],
+    ("top_p", "device", "worker_type"),
+    [(1.0, "cuda", "regular"), (0.9, "cpu", "regular"), (0.9, "cuda", "decode")],
+    ids=["nothing is limited", "nothing is compiled", "alone it answers no request"],
 )
-def test_a_server_on_a_gpu_compiles_the_samplers_of_the_run_before_it_serves(
-    actor: EngineActor, args: Namespace, device: str, worker_type: str, warms_up: bool
+def test_other_servers_are_not_sent_a_request_first(
+    actor: EngineActor, top_p: float, device: str, worker_type: str
 ) -> None:
-    actor._args = args
+    actor._args = sampling(top_p)
     actor._spec = replace(actor._spec, device=device, worker_type=worker_type)
     actor.start(1, {})
-    if warms_up:
-        with pytest.raises(EngineError, match=r"engine 0 .*POST /generate: 501"):  # the one here only knows /health
-            actor.wait_until_healthy(PATIENCE_S)
-    else:
-        actor.wait_until_healthy(PATIENCE_S)
+    actor.wait_until_healthy(PATIENCE_S)  # the server would refuse one without its key
 
 
 def test_a_server_that_was_not_started_has_not_ended(actor: EngineActor) -> None:
