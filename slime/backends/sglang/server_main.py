@@ -7,7 +7,6 @@
 - without Megatron, in the server's own processes too. SGLang's debug module imports megatron-core wherever it is
   installed, and megatron-core's inference contexts then set `torch_memory_saver.hook_mode = "torch"`, with which no
   CUDA graph can give its memory back: a server with --enable-memory-saver ends while it captures its first graph.
-  Without it the server starts some seconds sooner as well.
 
 Runs as a script, by its path, with the standard library only: the interpreter that has SGLang may not have slime.
 """
