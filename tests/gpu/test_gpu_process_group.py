@@ -1,4 +1,5 @@
-"""Weights over NCCL from one GPU to another, to an engine that lives, and past one that died."""
+"""Weights over NCCL from one GPU to another (where there is one: to itself), to an engine that lives, past one that
+died."""
 
 from collections.abc import Iterator
 
@@ -7,23 +8,26 @@ import torch
 
 from slime.utils.processes import free_port
 from slime.weight_sync.process_group import DistributedTransport
+from tests.gpu.ranks import environment_of_rank
 from tests.unit.sglang.test_process_group import HOST, EngineInAnotherProcess
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.timeout(300),
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL needs a GPU for each rank: two"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 
 
 @pytest.fixture
 def transport(monkeypatch: pytest.MonkeyPatch) -> Iterator[DistributedTransport]:
     monkeypatch.setenv("NCCL_CUMEM_ENABLE", "0")
+    if torch.cuda.device_count() < 2:  # of this process, which began without tests/gpu/a_host_each
+        monkeypatch.setenv("NCCL_HOSTID", "trainer")
     transport = DistributedTransport(
         backend="nccl", master_address=HOST, free_port=free_port, device="cuda", timeout_s=60
     )
     yield transport
     transport.close()
+
+
+def engine_on_gpu() -> EngineInAnotherProcess:
+    return EngineInAnotherProcess(0, gpu=environment_of_rank(1) | {"NCCL_HOSTID": "engine"})
 
 
 def assert_arrives(transport: DistributedTransport, engine: EngineInAnotherProcess) -> None:
@@ -36,17 +40,17 @@ def assert_arrives(transport: DistributedTransport, engine: EngineInAnotherProce
 
 def test_weights_arrive_before_and_after_an_engine_was_started_again(transport: DistributedTransport) -> None:
     """The first leaves properly, the second is killed; who waits for either for ever runs into the test's timeout."""
-    first = EngineInAnotherProcess(0, gpu=1)
+    first = engine_on_gpu()
     transport.connect([first])
     assert_arrives(transport, first)
     transport.connect([first])
     assert_arrives(transport, first)
     first.close()
-    second = EngineInAnotherProcess(0, gpu=1)
+    second = engine_on_gpu()
     transport.connect([second])
     assert_arrives(transport, second)
     second.kill()
-    third = EngineInAnotherProcess(0, gpu=1)
+    third = engine_on_gpu()
     transport.connect([third])
     assert_arrives(transport, third)
     third.close()

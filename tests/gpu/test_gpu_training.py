@@ -1,4 +1,5 @@
-"""One trainer on a GPU, in bf16: what a CPU learns, however prompts are packed, and the same bits again if asked."""
+"""Trainers on GPUs, in bf16: what a CPU learns, however prompts are packed and ranks are laid out, and the same bits
+again if asked."""
 
 import json
 import os
@@ -11,18 +12,21 @@ import pytest
 import torch
 
 from tests.distributed import tiny
+from tests.gpu.ranks import ROOT, environment_of_rank
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 
-ROOT = Path(__file__).resolve().parents[2]
+RANKS_TIMEOUT_S = 200
 PROGRAM = """
 import json, sys, torch
 from pathlib import Path
 from tests.distributed import tiny
 changes, model, out = json.loads(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 rollouts = [tiny.rollout(seed=seed, longest_prompt=40, longest_response=60) for seed in (3, 4)]
-result = tiny.train(tiny.training_args(model, **changes), 0, 1, int(sys.argv[4]), rollouts)
-torch.save({"weights": {n: t.cpu() for n, t in result["weights"].items()}, "metrics": result["metrics"]}, out)
+rank, world_size = int(sys.argv[5]), int(sys.argv[6])
+result = tiny.train(tiny.training_args(model, **changes), rank, world_size, int(sys.argv[4]), rollouts)
+if rank == 0:
+    torch.save({"weights": {n: t.cpu() for n, t in result["weights"].items()}, "metrics": result["metrics"]}, out)
 """
 
 
@@ -32,15 +36,25 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.save_hf_model(tmp_path_factory.mktemp("model"), "qwen3", **settings)
 
 
-def _trained(tmp_path: Path, model: Path, **changes: Any) -> dict[str, Any]:
-    """In a process of its own: a device is chosen once."""
+def _trained(tmp_path: Path, model: Path, world_size: int = 1, **changes: Any) -> dict[str, Any]:
+    """In processes of their own: a device is chosen once. What rank 0 has at the end."""
     from slime.utils.processes import free_port
 
     sizes = dict(hidden_size=64, num_attention_heads=4, num_query_groups=2, kv_channels=64)
     out = tmp_path / "out.pt"
     words = [json.dumps(sizes | changes), str(model), str(out), str(free_port("127.0.0.1"))]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    subprocess.run([sys.executable, "-c", PROGRAM, *words], check=True, cwd=ROOT, env=environment)
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, *words, str(rank), str(world_size)],
+            cwd=ROOT, env=os.environ | environment_of_rank(rank),
+        )
+        for rank in range(world_size)
+    ]  # fmt: skip
+    try:
+        assert [rank.wait(RANKS_TIMEOUT_S) for rank in ranks] == [0] * world_size
+    finally:
+        for rank in ranks:
+            rank.kill()
     result: dict[str, Any] = torch.load(out)
     return result
 
@@ -84,3 +98,19 @@ def test_flags_that_save_memory_or_time_change_nothing(
     tmp_path: Path, model: Path, on_gpu: dict[str, Any], flags: dict[str, Any]
 ) -> None:
     _metrics_agree(on_gpu, _trained(tmp_path, model, device="cuda", bf16=True, **flags))
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        dict(tensor_model_parallel_size=2),
+        dict(tensor_model_parallel_size=2, sequence_parallel=True),
+        dict(pipeline_model_parallel_size=2),
+        dict(overlap_grad_reduce=True, overlap_param_gather=True, ddp_bucket_size=5000),
+    ],
+    ids=["TP2", "TP2 + SP", "PP2", "DP2, overlapped"],
+)
+def test_two_ranks_over_nccl_learn_what_one_learns(
+    tmp_path: Path, model: Path, on_gpu: dict[str, Any], layout: dict[str, Any]
+) -> None:
+    _metrics_agree(on_gpu, _trained(tmp_path, model, world_size=2, device="cuda", bf16=True, **layout))

@@ -34,10 +34,9 @@ def receive(group: WeightGroup, device, names, dtypes, shapes, group_name) -> di
     }
 
 
-def serve(calls: Connection, gpu: int | None) -> None:
+def serve(calls: Connection, gpu: dict[str, str] | None) -> None:
     """The engine's process: joins groups, and gives back what it receives."""
-    if gpu is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)
+    os.environ.update(gpu or {})
     groups: dict[str, WeightGroup] = {}
     while (call := calls.recv()) is not None:
         name, arguments = call
@@ -56,9 +55,10 @@ def serve(calls: Connection, gpu: int | None) -> None:
 
 
 class EngineInAnotherProcess:
-    """What `DistributedTransport` asks of an engine, answered by `serve` in another process, maybe on a GPU."""
+    """What `DistributedTransport` asks of an engine, answered by `serve` in another process: on a CPU, or on the GPU
+    that these variables give it."""
 
-    def __init__(self, index: int, gpu: int | None = None) -> None:
+    def __init__(self, index: int, gpu: dict[str, str] | None = None) -> None:
         self.name, self.url = f"engine {index}", f"http://{HOST}:{index}"
         self.received: dict[str, torch.Tensor] = {}
         self.log: list[str] = []
