@@ -21,9 +21,11 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from slime.backends.megatron import optimizer_state
+from slime.backends.megatron.accelerator import Accelerator
 from slime.backends.megatron.checkpoint_format import CheckpointWriter, CommonLoader, TensorLoader, load_common
 from slime.backends.megatron.model import unwrap
 from slime.backends.megatron.random_state import random_state, set_random_state
+from slime.backends.megatron.staging import Staging
 from slime.utils.checkpoint_folder import Checkpoint, begin_files, check_space, commit, keep_newest
 
 logger = logging.getLogger(__name__)
@@ -47,13 +49,13 @@ class Saver:
     """Writes the checkpoints of a job, one at a time: while training waits, or (--async-save) behind it.
 
     Every method is collective. With --async-save `save` copies what it writes, so that each rank holds that much more
-    memory until its file is written; a later verb of the trainer finds all ranks done and commits. An error in the
-    background is raised by that verb, on every rank.
+    memory until its file is written (on a GPU, pinned memory of the host until the process ends); a later verb of the
+    trainer finds all ranks done and commits. An error in the background is raised by that verb, on every rank.
     """
 
-    def __init__(self, args: Namespace) -> None:
+    def __init__(self, args: Namespace, accelerator: Accelerator) -> None:
         self._folder = Path(args.save)
-        self._is_async = bool(getattr(args, "async_save", False))
+        self._staging = Staging(accelerator) if getattr(args, "async_save", False) else None
         self._keep_last: int | None = getattr(args, "keep_last", None)
         self._pending: _Pending | None = None
         self.protected: set[Path] = set()
@@ -72,13 +74,21 @@ class Saver:
             optimizer, scheduler: None saves the model alone (--no-save-optim).
 
         Raises:
+            MemoryError: the host has not the room for the copy of what is on a GPU.
             OSError: the room on the disk does not suffice; nothing was written.
             RuntimeError: a rank could not write, and why.
         """
         self.finish()
+        started = time.monotonic()
         pending = _Pending(self._folder, iteration, _state(models, optimizer, scheduler, iteration, is_loading=False))
-        if self._is_async:
-            pending.start()
+        if self._staging is not None:
+            planned = time.monotonic()
+            pending.start(self._staging)
+            if dist.get_rank() == 0:
+                logger.info(
+                    "rollout %d is saved in the background; training waited %.2f s for the plan, %.2f s for the copy",
+                    iteration, planned - started, time.monotonic() - planned,
+                )  # fmt: skip
             self._pending = pending
         else:
             pending.write()
@@ -99,7 +109,10 @@ class Saver:
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
+        started = time.monotonic()
         pending.wait(timeout_s)
+        if dist.get_rank() == 0:
+            logger.info("waited %.1f s until rollout %d was written", time.monotonic() - started, pending.iteration)
         self._commit(pending)
 
     def _commit(self, pending: "_Pending") -> None:
@@ -131,9 +144,9 @@ class _Pending:
 
     _thread: threading.Thread | None
 
-    def start(self) -> None:
+    def start(self, staging: Staging) -> None:
         """Copy, and write the copy in the background."""
-        self._writer.stage()
+        self._writer.stage(staging)
         self._thread = threading.Thread(target=self.write, name=f"save {self.iteration}", daemon=True)
         self._thread.start()
 

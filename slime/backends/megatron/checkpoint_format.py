@@ -6,7 +6,7 @@ Writing is in three parts, so that the second can happen in the background: plan
 
 import os
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -28,6 +28,8 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
+from slime.backends.megatron.staging import Staging
+
 _FORMAT = CheckpointingConfig("torch_dist", 1)
 
 
@@ -42,6 +44,7 @@ class CheckpointWriter:
             folder: exists on all ranks.
         """
         self._folder = folder
+        self._give_back: Callable[[], None] = lambda: None
         sharded, common = save_preprocess(state)
         if dist.get_rank() == 0:
             torch.save(common, folder / COMMON_STATE_FNAME)
@@ -59,13 +62,21 @@ class CheckpointWriter:
         """What this rank writes, without what describes it."""
         return sum(_num_bytes(data) for _, data in self._files.items)
 
-    def stage(self) -> None:
+    def stage(self, staging: Staging) -> None:
         """Copy what is to be written, so that training may go on while it is."""
-        self._files.items = [(item, _staged(data)) for item, data in self._files.items]
+        items = self._files.items
+        copies, memory = staging.copies([data for _, data in items if isinstance(data, torch.Tensor)])
+        rest = iter(copies)
+        self._files.items = [(item, next(rest) if isinstance(data, torch.Tensor) else data) for item, data in items]
+        if memory is not None:
+            self._give_back = lambda: staging.give_back(memory)
 
     def write(self) -> None:
         """Write this rank's file and flush it. Speaks to no other rank: may run in another thread."""
-        self._files.write()
+        try:
+            self._files.write()
+        finally:
+            self._give_back()
 
     def finish(self) -> None:
         """Write what describes the files, when all ranks have written. Collective."""
@@ -104,12 +115,6 @@ def _written(stream: BinaryIO, item: WriteItem, data: Any, file_name: str, trans
         if data.untyped_storage().nbytes() != data.numel() * data.itemsize:
             data = data.clone()  # a view would be saved with all that it is a view of
     return _write_item(transforms, stream, data, item, file_name, serialization_format=SerializationFormat.TORCH_SAVE)
-
-
-def _staged(data: Any) -> Any:
-    if not isinstance(data, torch.Tensor):
-        return data
-    return data.detach().clone() if data.device.type == "cpu" else data.detach().cpu()
 
 
 def _num_bytes(data: Any) -> int:

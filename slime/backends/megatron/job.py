@@ -70,7 +70,7 @@ class TrainingJob:
         self.weights = MegatronWeights(self.models, family, shape, self.roll_call)
         self.memory = TrainingMemory(self.models, self.optimizer, accelerator)
         self.reference: HostWeights | None = None
-        self._saver = checkpoint.Saver(args) if getattr(args, "save", None) else None
+        self._saver = checkpoint.Saver(args, accelerator) if getattr(args, "save", None) else None
         self._device = accelerator.device
         self._packer = Packer(args, self.parallel_config, accelerator.device)
         self._loss_function = get_loss_function(args)

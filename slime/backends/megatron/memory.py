@@ -17,6 +17,10 @@ from slime.utils.memory_utils import host_memory_left
 
 _GIB = 1 << 30
 _ALIGNMENT = 512  # bytes; where a buffer starts, as on the device
+_WHY_PINNED = (
+    "A trainer that gives its GPU's memory back keeps",
+    "keep the trainer on its GPU with --no-offload-train",
+)
 
 
 class TrainingMemory:
@@ -135,21 +139,29 @@ class _OnHost:
         found = [kept[size].pop() if kept.get(size) else None for size in sizes]
         missing = [size for size, buffer in zip(sizes, found, strict=True) if buffer is None]
         *starts, end = itertools.accumulate((-(-size // _ALIGNMENT) * _ALIGNMENT for size in missing), initial=0)
-        memory = self._pinned(end) if missing else None
+        memory = pinned(self._accelerator, end, *_WHY_PINNED) if missing else None
         new = [memory[at : at + size] for at, size in zip(starts, missing, strict=True) if memory is not None]
         self._buffers += new
         rest = iter(new)
         return [next(rest) if buffer is None else buffer for buffer in found]
 
-    def _pinned(self, num_bytes: int) -> Tensor:
-        left = host_memory_left()
-        if left is not None and num_bytes > left:
-            raise MemoryError(
-                f"A trainer that gives its GPU's memory back keeps {num_bytes / _GIB:.1f} GiB of it on the host, where "
-                f"this machine or container has {left / _GIB:.1f} GiB left: give it more memory, put fewer trainer "
-                "ranks on it, or keep the trainer on its GPU with --no-offload-train."
-            )
-        return self._accelerator.pinned(num_bytes)
+
+def pinned(accelerator: Accelerator, num_bytes: int, keeps: str, way_out: str) -> Tensor:
+    """[num_bytes] uint8 of the host, pinned until the process ends.
+
+    Args:
+        keeps, way_out: for the error: who keeps it, and how to do without.
+
+    Raises:
+        MemoryError: the host has not the room. (The system would kill the process, without a word.)
+    """
+    left = host_memory_left()
+    if left is not None and num_bytes > left:
+        raise MemoryError(
+            f"{keeps} {num_bytes / _GIB:.1f} GiB of it on the host, where this machine or container has "
+            f"{left / _GIB:.1f} GiB left: give it more memory, put fewer trainer ranks on it, or {way_out}."
+        )
+    return accelerator.pinned(num_bytes)
 
 
 def _bytes(storage: torch.UntypedStorage) -> Tensor:

@@ -80,7 +80,7 @@ class CheckpointConfig:
     save_interval: int | None = None
     """Rollouts between checkpoints."""
     async_save: bool = False
-    """Write checkpoints in the background, from a copy that takes as much memory as the checkpoint has bytes."""
+    """Write checkpoints in the background, from a copy that takes as much of the host's memory as they have bytes."""
     no_save_optim: bool = False
     """Leave the optimizer's state out of checkpoints."""
     save_hf: str | None = None

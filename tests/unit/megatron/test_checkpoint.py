@@ -49,19 +49,24 @@ def _train_and_save(rank: int, world_size: int, port: int, args: Any, rollouts: 
 # --- in the background -----------------------------------------------------------------------------------------------
 
 
-def _save_behind_training(rank: int, world_size: int, port: int, args: Any) -> Any:
+def _save_behind_training(rank: int, world_size: int, port: int, args: Any, as_on_a_gpu: bool) -> Any:
     """The background writer is held back until the next rollout is trained."""
     import threading
 
-    from slime.backends.megatron import checkpoint_format
+    from slime.backends.megatron import checkpoint_format, staging
 
+    staging._is_on_gpu = lambda tensor: as_on_a_gpu
     gate, write = threading.Event(), checkpoint_format.CheckpointWriter.write
     checkpoint_format.CheckpointWriter.write = lambda self: gate.wait() and write(self)  # type: ignore[method-assign]
     trainer = _trainer(rank, world_size, port, args)
     trainer.init()
+    pinned, take = [], trainer.accelerator.pinned
+    trainer.accelerator.pinned = lambda size: pinned.append(size) or take(size)  # type: ignore[assignment]
     trainer.train(0, tiny.shard_of(trainer, ROLLOUTS[0]))
     trainer.save(0)
     saved, tracker = tiny.hf_weights(trainer), Path(args.save) / cf.LATEST_FILE
+    staged = trainer.job._saver._staging
+    num_free = [len(staged._free)]
     trainer.train(1, tiny.shard_of(trainer, ROLLOUTS[1]))
     seen = [tracker.exists()]
     gate.set()
@@ -71,13 +76,19 @@ def _save_behind_training(rank: int, world_size: int, port: int, args: Any) -> A
     seen.append(tracker.exists())
     trainer.save(2)
     trainer.finish_saves(60)
-    return saved, seen, tracker.read_text(), tiny.hf_weights(trainer)
+    num_free.append(len(staged._free))
+    return saved, seen, tracker.read_text(), tiny.hf_weights(trainer), num_free, len(pinned)
 
 
-def test_a_save_in_the_background_holds_the_weights_of_its_moment(ranks: RankPool, model: Path, tmp_path: Path) -> None:
-    """Training goes on over the memory that is being saved; a later verb commits."""
+@pytest.mark.parametrize("as_on_a_gpu", [False, True], ids=["cpu", "as on a GPU"])
+def test_a_save_in_the_background_holds_the_weights_of_its_moment(
+    ranks: RankPool, model: Path, tmp_path: Path, as_on_a_gpu: bool
+) -> None:
+    """Training goes on over the memory that is being saved; a later verb commits. Pinned memory is taken once."""
     args = tiny.training_args(model, save=str(tmp_path), async_save=True)
-    saved, seen, tracker, last = ranks.run(_save_behind_training, 2, args)[0]
+    saved, seen, tracker, last, num_free, num_pinned = ranks.run(_save_behind_training, 2, args, as_on_a_gpu)[0]
+    assert num_pinned == as_on_a_gpu
+    assert num_free == [0, as_on_a_gpu], "memory is free when its copies are written, and not before"
     assert seen == [False, False, True]
     assert tracker == "2\n"
     first = ranks.run(_train, 1, tiny.training_args(model, load=str(tmp_path), ckpt_step=0), [])[0]
@@ -88,6 +99,67 @@ def test_a_save_in_the_background_holds_the_weights_of_its_moment(ranks: RankPoo
     assert tiny.largest_difference(newest["weights"], last) == 0
     resumed = ranks.run(_train, 2, tiny.training_args(model, load=str(tmp_path), ckpt_step=0), ROLLOUTS[1:])[0]
     assert tiny.largest_difference(resumed["weights"], last) == 0, "the optimizer's state is of that moment too"
+
+
+def _files_of_a_save(rank: int, world_size: int, port: int, args: Any, as_on_a_gpu: bool) -> bytes:
+    from slime.backends.megatron import staging
+
+    staging._is_on_gpu = lambda tensor: as_on_a_gpu
+    trainer = _trainer(rank, world_size, port, args)
+    trainer.init()
+    for i in range(2):
+        trainer.train(i, tiny.shard_of(trainer, ROLLOUTS[i]))
+        trainer.save(i)
+    trainer.finish_saves(60)
+    return (Path(args.save) / "iter_0000001" / f"__{rank}_0.distcp").read_bytes()
+
+
+def test_what_is_written_is_the_same_however_it_was_copied(ranks: RankPool, model: Path, tmp_path: Path) -> None:
+    """Written from training's own memory, from clones, and from memory in which an earlier save lay."""
+    ways = [(False, False), (True, False), (True, True)]
+    files = []
+    for i, (async_save, as_on_a_gpu) in enumerate(ways):
+        args = tiny.training_args(model, save=str(tmp_path / str(i)), async_save=async_save, bf16=True)
+        files.append(ranks.run(_files_of_a_save, 2, args, as_on_a_gpu))
+    assert files[0] == files[1] == files[2]
+
+
+def _copies(rank: int, world_size: int, port: int) -> Any:
+    from slime.backends.megatron import memory, staging
+    from slime.backends.megatron.accelerator import accelerator_for
+
+    staging._is_on_gpu = lambda tensor: tensor.dtype is not torch.int64
+    numbers = torch.arange(60, dtype=torch.float32).view(6, 10)
+    tensors = [numbers[0].bfloat16(), numbers.T, numbers[3, 3], numbers[:0], torch.arange(3)]
+    stage = staging.Staging(accelerator_for("cpu"))
+    first, lent = stage.copies(tensors)
+    second, other = stage.copies([tensor + 1 for tensor in tensors])
+    assert lent is not None and other is not None
+    own = [copy.untyped_storage().nbytes() == copy.nbytes for copy in first]
+    stage.give_back(lent)
+    places = {copy.data_ptr() for copy in first}
+    held = [tensor.clone() for tensor in first]
+    third, again = stage.copies([tensor + 2 for tensor in tensors])
+    is_kept = again is lent and {copy.data_ptr() for copy in third[:3]} < places
+    memory.host_memory_left = lambda: 5
+    try:
+        stage.copies(tensors)
+    except MemoryError as error:
+        return held, second, third, own, is_kept, stage.copies(tensors[4:])[1], str(error)
+    return None
+
+
+def test_memory_with_copies_that_are_being_written_is_lent_to_no_other_save(ranks: RankPool) -> None:
+    first, second, third, own, is_kept, of_no_gpu, error = ranks.run(_copies, 1)[0]
+    numbers = torch.arange(60, dtype=torch.float32).view(6, 10)
+    tensors = [numbers[0].bfloat16(), numbers.T, numbers[3, 3], numbers[:0], torch.arange(3)]
+    for i, copies in enumerate((first, second, third)):
+        for copy, tensor in zip(copies, tensors, strict=True):
+            assert torch.equal(copy, tensor + i) and copy.dtype == tensor.dtype
+    assert all(own), "a file would hold all that a copy's storage holds"
+    assert is_kept, "what was given back is used again"
+    assert of_no_gpu is None
+    assert "keeps 0.0 GiB of it on the host" in error and "leave --async-save out" in error
 
 
 def _save_with_a_broken_disk(rank: int, world_size: int, port: int, args: Any) -> list[str]:
