@@ -9,6 +9,7 @@ import threading
 import time
 from argparse import Namespace
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,8 @@ class Saver:
 
     Every method is collective. With --async-save `save` copies what it writes, so that each rank holds that much more
     memory until its file is written (on a GPU, pinned memory of the host until the process ends); a later verb of the
-    trainer finds all ranks done and commits. An error in the background is raised by that verb, on every rank.
+    trainer finds all ranks done and commits. An error in the background is raised by that verb, on every rank. What
+    --keep-last deletes after that goes in the background too, and is gone before anything else is written.
     """
 
     def __init__(self, args: Namespace, accelerator: Accelerator) -> None:
@@ -58,6 +60,8 @@ class Saver:
         self._staging = Staging(accelerator) if getattr(args, "async_save", False) else None
         self._keep_last: int | None = getattr(args, "keep_last", None)
         self._pending: _Pending | None = None
+        self._deleter, self._deletion = ThreadPoolExecutor(1, "keep last"), Future[None]()
+        self._deletion.set_result(None)
         self.protected: set[Path] = set()
         """Checkpoints that the run loads from: --keep-last leaves them."""
 
@@ -93,6 +97,7 @@ class Saver:
         else:
             pending.write()
             self._commit(pending)
+            self.finish_deleting()
 
     def poll(self) -> None:
         """Commit the save that is under way, if every rank has written its part."""
@@ -101,29 +106,38 @@ class Saver:
             self._commit(pending)
 
     def finish(self, timeout_s: float | None = None) -> None:
-        """Wait for the save that is under way and commit it.
+        """Wait for the save that is under way and commit it, and for what --keep-last deletes.
 
         Raises:
+            OSError: --keep-last could not delete.
             TimeoutError: a rank is still writing after `timeout_s`.
         """
-        if self._pending is None:
-            return
-        pending, self._pending = self._pending, None
-        started = time.monotonic()
-        pending.wait(timeout_s)
-        if dist.get_rank() == 0:
-            logger.info("waited %.1f s until rollout %d was written", time.monotonic() - started, pending.iteration)
-        self._commit(pending)
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            started = time.monotonic()
+            pending.wait(timeout_s)
+            if dist.get_rank() == 0:
+                logger.info("waited %.1f s until rollout %d was written", time.monotonic() - started, pending.iteration)
+            self._commit(pending)
+        self.finish_deleting()
+
+    def finish_deleting(self) -> None:
+        """Wait until the room on the disk of what --keep-last deletes is free."""
+        if self._keep_last is not None:
+            _from_rank_0(self._deletion.result)
 
     def _commit(self, pending: "_Pending") -> None:
         path = pending.commit()
         if dist.get_rank() == 0:
             logger.info("saved %s (%.1f s)", path, time.monotonic() - pending.started)
             if self._keep_last is not None:
-                gone = keep_newest(self._folder, self._keep_last, pending.iteration, self.protected)
-                if gone:
-                    logger.info("--keep-last %d: deleted iterations %s", self._keep_last, gone)
+                self._deletion = self._deleter.submit(self._delete_old, self._keep_last, pending.iteration)
         dist.barrier()
+
+    def _delete_old(self, keep_last: int, newest: int) -> None:
+        gone = keep_newest(self._folder, keep_last, newest, self.protected)
+        if gone:
+            logger.info("--keep-last %d: deleted iterations %s", keep_last, gone)
 
 
 class _Pending:

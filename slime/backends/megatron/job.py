@@ -187,6 +187,8 @@ class TrainingJob:
 
     def save_hf(self, path: str) -> None:
         self.poll_saves()
+        if self._saver is not None:
+            self._saver.finish_deleting()  # an export may need the room
         buckets = self.weights.buckets(_SAVE_BUCKET_BYTES)
         if self.rank == 0:
             check_space(Path(path).absolute().parent, self.weights.size_bytes, f"The HuggingFace folder {path}")

@@ -260,6 +260,53 @@ def test_keep_last_leaves_the_newest_and_what_the_run_started_from(
     assert cf.find_checkpoint(tmp_path) == cf.Checkpoint(tmp_path, 4)
 
 
+def _save_beside_a_slow_deletion(rank: int, world_size: int, port: int, args: Any) -> tuple[list[str], str]:
+    import threading
+
+    from slime.backends.megatron import checkpoint
+
+    gate, keep_newest, seen = threading.Event(), checkpoint.keep_newest, []
+
+    def delete(*arguments: Any) -> Any:
+        gate.wait(5)
+        seen.append("deleted")
+        return keep_newest(*arguments)
+
+    def fail(*arguments: Any) -> Any:
+        raise OSError(30, "Read-only file system")
+
+    checkpoint.keep_newest = delete
+    trainer = _trainer(rank, world_size, port, args)
+    trainer.init()
+    gate.set()
+    trainer.save(0)
+    trainer.finish_saves()
+    gate.clear()
+    trainer.save(1)
+    trainer.job._saver._pending._thread.join()
+    trainer.train(2, tiny.shard_of(trainer, ROLLOUTS[0]))
+    seen.append("trained")
+    gate.set()
+    trainer.save(2)
+    seen.append("saved")
+    checkpoint.keep_newest = fail
+    try:
+        trainer.finish_saves()
+    except OSError as error:
+        return seen, str(error)
+    return seen, ""
+
+
+def test_training_goes_on_while_an_old_checkpoint_is_deleted(ranks: RankPool, model: Path, tmp_path: Path) -> None:
+    """The next save waits, as it needs the room; what cannot be deleted is told by every rank."""
+    args = tiny.training_args(model, save=str(tmp_path), async_save=True, keep_last=1)
+    (seen, *errors), (others, *others_errors) = ranks.run(_save_beside_a_slow_deletion, 2, args)
+    assert seen == ["deleted", "trained", "deleted", "saved"]
+    assert others == ["trained", "saved"]
+    assert errors == others_errors == ["[Errno 30] Read-only file system"]
+    assert cf.complete_iterations(tmp_path) == [1, 2]
+
+
 # --- killed ----------------------------------------------------------------------------------------------------------
 
 
