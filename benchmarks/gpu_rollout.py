@@ -22,6 +22,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from slime.backends.sglang.launch import PYTHON_VARIABLE
 
+_BENCHMARK = """
+import json, runpy, sys
+for words in json.loads(sys.argv[1]):
+    sys.argv = ["bench_serving", *words]
+    runpy.run_module("sglang.bench_serving", run_name="__main__")
+"""
+
 
 def main() -> None:
     options = _options()
@@ -38,10 +45,7 @@ def main() -> None:
                 "bench_serving, streaming": [],
                 "bench_serving, whole replies with log-probs": ["--disable-stream", "--return-logprob"],
             }
-            theirs = {
-                way: [_bench(options, args, engine.url, i, flags) for i in range(options.rollouts + 1)]
-                for way, flags in ways.items()
-            }
+            theirs = _bench(options, args, engine.url, ways)
     _print_table(options, ours, theirs)
 
 
@@ -82,26 +86,35 @@ def _samples(args: Namespace, rollout_id: int) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def _bench(options: Namespace, args: Namespace, url: str, rollout_id: int, flags: list[str]) -> float:
-    """Output tokens per second that SGLang's benchmark reports for a rollout's requests, all sent at once."""
-    rows = _samples(args, rollout_id)
-    requests, result = Path(args.run_dir) / "requests.jsonl", Path(args.run_dir) / "bench.jsonl"
-    turns = [[{"content": row["prompt"]}, {"content": "an answer, whose length is not used"}] for row in rows]
-    requests.write_text("".join(json.dumps({"conversations": turn}) + "\n" for turn in turns))
-    result.unlink(missing_ok=True)
+def _bench(options: Namespace, args: Namespace, url: str, ways: dict[str, list[str]]) -> dict[str, list[float]]:
+    """Output tokens per second that SGLang's benchmark reports for each rollout's requests, all sent at once, by way.
+
+    One process runs it for all of them: importing it takes longer than a rollout.
+    """
+    folder = Path(args.run_dir)
+    calls, result = [], folder / "bench.jsonl"
+    for rollout_id in range(options.rollouts + 1):
+        rows, requests = _samples(args, rollout_id), folder / f"requests_{rollout_id}.jsonl"
+        turns = [[{"content": row["prompt"]}, {"content": "an answer, whose length is not used"}] for row in rows]
+        requests.write_text("".join(json.dumps({"conversations": turn}) + "\n" for turn in turns))
+        calls += [
+            [
+                "--backend", "sglang", "--base-url", url, "--model", options.model, "--dataset-name", "custom",
+                "--dataset-path", str(requests), "--num-prompts", str(len(rows)), "--sharegpt-output-len",
+                str(options.tokens), "--flush-cache", "--disable-tqdm", "--output-file", str(result), *flags,
+            ]
+            for flags in ways.values()
+        ]  # fmt: skip
     python = os.environ.get(PYTHON_VARIABLE) or sys.executable
-    command = [
-        python, "-m", "sglang.bench_serving", "--backend", "sglang", "--base-url", url,
-        "--model", options.model, "--dataset-name", "custom", "--dataset-path", str(requests),
-        "--num-prompts", str(len(rows)), "--sharegpt-output-len", str(options.tokens), "--flush-cache",
-        "--disable-tqdm", "--output-file", str(result), *flags,
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    if done.returncode or not result.exists():
+    done = subprocess.run([python, "-c", _BENCHMARK, json.dumps(calls)], capture_output=True, text=True, check=False)
+    speeds = (
+        [json.loads(line)["output_throughput"] for line in result.read_text().splitlines()] if result.exists() else []
+    )
+    if done.returncode or len(speeds) != len(calls):
         raise SystemExit(
-            f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-3000:]}"
+            f"sglang.bench_serving ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-3000:]}"
         )
-    return float(json.loads(result.read_text().splitlines()[-1])["output_throughput"])
+    return {way: speeds[i :: len(ways)] for i, way in enumerate(ways)}
 
 
 def _print_table(options: Namespace, ours: list[float], theirs: dict[str, list[float]]) -> None:
