@@ -112,7 +112,7 @@ def main() -> None:
     from slime.utils.processes import free_port
 
     port = free_port()
-    server = subprocess.Popen([sys.executable, __file__, *sys.argv[1:], "--serve", str(port)])
+    server = subprocess.Popen([sys.executable, __file__, "--serve", str(port), *sys.argv[1:]])
     try:
         ours, requests = _through_slime(options, port)
         bare = [asyncio.run(_bare(port, requests)) for _ in range(options.rollouts + 1)][1:]
