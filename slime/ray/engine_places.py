@@ -1,7 +1,6 @@
 """Places of engines: what runs in one may be lost and replaced; its name and devices stay."""
 
 import contextlib
-import logging
 import threading
 import time
 from argparse import Namespace
@@ -25,14 +24,11 @@ from slime.ray.liveness import THREADS, Liveness
 from slime.ray.waiting import wait_for
 from slime.weight_sync.base import EngineError
 
-logger = logging.getLogger(__name__)
-
 _DEVICE_SHARE = 0.2  # of a device; a trainer on the same device takes more
 _START_TIMEOUT_S = {"embedded": 300.0, "sglang": 900.0}
 _ASK_TIMEOUT_S = 5.0
 _EXTERNAL_TIMEOUT_S = 300.0  # in which whoever started an engine elsewhere may start it again
 _GRACE_S = 30.0  # for the owner to say that its server was late
-_TELL_EVERY_S = 30.0
 _TOLD_CHARS = 200
 _POLL_S = 0.5
 
@@ -81,6 +77,10 @@ class EnginePlace:
     def kill(self, reason: str, start: int) -> None:
         """It is silent: end it, and say so in `death`; nothing if another than this start of it serves by now."""
         raise NotImplementedError
+
+    def last_line(self) -> str:
+        """Of its log, for who waits for it."""
+        return "(not known here)"
 
     def processes(self) -> list[ProcessInfo]:
         """Of this engine, as far as they were started here."""
@@ -137,16 +137,13 @@ class OwnEngine(EnginePlace):
         self._parts = wait_for(starting, "start", timeout_s)
         self.spec = self._parts[0]
         answer = self._actors[0].wait_until_healthy.remote(timeout_s)
-        began_s = told_s = time.monotonic()
+        began_s = time.monotonic()
         while not ray.wait([answer], timeout=_POLL_S)[0]:
             if (how := self._how_it_ended(self._parts[1:])) is not None:
                 raise EngineError(how)  # the first node waits for the others until it times out
             waited_s = time.monotonic() - began_s
             if waited_s > timeout_s + _GRACE_S:
                 raise EngineError(f"Waited {waited_s:.0f} s for {self.name} ({self.spec.url}) and its owner to answer.")
-            if time.monotonic() - told_s > _TELL_EVERY_S:
-                told_s = time.monotonic()
-                logger.info("%s has been starting for %.0f s; its log says: %s", self.name, waited_s, self._last_line())
         wait_for({self.name: answer}, "answer", _ASK_TIMEOUT_S)
         self._serves(self._args.rollout_engine)
         if keeps_its_size(self._args) and not self._size:
@@ -184,7 +181,7 @@ class OwnEngine(EnginePlace):
                     return f"{asked[ref].name} ({asked[ref].url}) {how}"
         return None
 
-    def _last_line(self) -> str:
+    def last_line(self) -> str:
         with contextlib.suppress(RayError):
             tail = str(ray.get(self._actors[0].log_tail.remote(), timeout=_ASK_TIMEOUT_S))
             lines = [line.strip() for line in tail.splitlines() if line.strip()]  # bars of progress end with a \r

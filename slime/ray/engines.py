@@ -7,7 +7,7 @@ import threading
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from functools import partial
 from typing import Any
 
@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 _STOP_TIMEOUT_S = 1.5
 _NOTICE_S = 10.0  # in which a death that a failed call hints at shows
 _POLL_S = 0.5
+_TELL_EVERY_S = 30.0
 _MEMORY = ("weights", "kv_cache", "cuda_graph")
 _SCHEDULER_PATIENCE = 4.0  # it answers between two steps of its model, or after a bucket of weights
 
@@ -114,8 +115,12 @@ class Engines:
         args.sglang_model_routers = {DEFAULT_MODEL: first} | addresses
 
     def wait_until_ready(self) -> None:
-        """Wait until all engines are healthy, and register them with their routers."""
-        self._wait_until_healthy(self._places)
+        """Wait until all engines are healthy, and register them with their routers.
+
+        Raises the first error of any of them, while others may still be starting.
+        """
+        for error in self._start_errors(self._places):
+            raise error
         for router in self._routers.values():
             router.wait()
         self.admit()
@@ -123,10 +128,27 @@ class Engines:
             urls = [place.spec.url for place in self._places if place.spec.model == model]
             logger.info("%d engine(s) behind %s: %s", len(urls), router.url, ", ".join(urls))
 
-    def _wait_until_healthy(self, places: list[EnginePlace]) -> None:
-        for place in places:
-            place.wait_until_healthy()
-            self._watch_health(place)
+    def _start_errors(self, places: list[EnginePlace]) -> Iterator[BaseException]:
+        """Wait for all of them, side by side; gives the error of each that cannot start as soon as it is known."""
+        pool = ThreadPoolExecutor(max(1, len(places)), thread_name_prefix="starts")
+        starting = {pool.submit(place.wait_until_healthy): place for place in places}
+        pool.shutdown(wait=False)
+        began_s = time.monotonic()
+        while starting:
+            done, _ = wait(starting, _TELL_EVERY_S, FIRST_COMPLETED)
+            for future in done:
+                place = starting.pop(future)
+                if (error := future.exception()) is None:
+                    self._watch_health(place)
+                else:
+                    yield error
+            if not done:
+                self._tell_of(list(starting.values()), time.monotonic() - began_s)
+
+    def _tell_of(self, starting: list[EnginePlace], waited_s: float) -> None:
+        first, *others = starting
+        too = f", as {len(others)} more" if others else ""
+        logger.info("%s has been starting for %.0f s%s; its log says: %s", first.name, waited_s, too, first.last_line())
 
     def _watch_health(self, place: EnginePlace) -> None:
         give_up = partial(self._give_up, place, place.num_starts)
@@ -232,7 +254,8 @@ class Engines:
             for place in lost:
                 self._withdraw(place)
                 place.begin()
-            self._wait_until_healthy(lost)
+            if errors := list(self._start_errors(lost)):  # those that came to life are not started another time
+                raise errors[0]
             waiting = [place for place in self._places if place.record is not None and not place.is_admitted]
             return [place.record for place in waiting if place.record and place.spec.updates_weights]
 

@@ -1,7 +1,6 @@
 """Which engines the router may send requests to, when servers are lost while others are being replaced."""
 
 import dataclasses
-import itertools
 import socket
 import threading
 from argparse import Namespace
@@ -10,9 +9,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from slime.backends.base import EngineSpec
+from slime.ray import engines as module
 from slime.ray.engine_places import EnginePlace
 from slime.ray.engines import Engines
+from slime.weight_sync.base import EngineError
+
+PATIENCE_S = 20
 
 
 class Router:
@@ -37,16 +42,26 @@ class Router:
 
 
 class Place(EnginePlace):
-    """An engine that serves as soon as it is started, each time at another port."""
+    """An engine that serves as soon as it is started, unless it cannot or may not; each time at another port."""
 
-    ports = itertools.count()
+    def __init__(self, spec: EngineSpec) -> None:
+        super().__init__(spec)
+        self.cannot: Exception | None = None
+        self.may_start = threading.Event()
+        self.may_start.set()
 
     def begin(self) -> None:
-        pass
+        self.num_starts += 1
 
     def wait_until_healthy(self) -> None:
-        self.spec = dataclasses.replace(self.spec, host=self.name, port=next(self.ports))
+        assert self.may_start.wait(PATIENCE_S)
+        if self.cannot is not None:
+            raise self.cannot
+        self.spec = dataclasses.replace(self.spec, host=self.name, port=self.num_starts)
         self._serves("embedded")
+
+    def last_line(self) -> str:
+        return f"{self.name} loads"
 
 
 def spec(index: int) -> EngineSpec:
@@ -57,18 +72,57 @@ def spec(index: int) -> EngineSpec:
 
 
 def make() -> tuple[Engines, Any]:
-    """Two engines that serve; starting one gives it another port."""
+    """Two engines that serve; starting one again gives it another port."""
     router = Router()
     engines = Engines.__new__(Engines)
     engines._args = Namespace(rollout_engine="embedded")
-    Place.ports = itertools.count()
     engines._places = [Place(spec(0)), Place(spec(1))]
     engines._routers = {"default": router}  # type: ignore[dict-item]
     engines._lock = threading.RLock()
     engines._health = SimpleNamespace(forget=lambda name: None, watch=lambda *_, **__: None)  # type: ignore[assignment]
-    engines._wait_until_healthy(engines._places)
+    assert not list(engines._start_errors(engines._places))
     engines.admit()
     return engines, router
+
+
+def test_an_engine_that_cannot_start_is_told_while_others_start() -> None:
+    engines, _ = make()
+    slow, broken = engines._places
+    slow.may_start.clear()  # type: ignore[attr-defined]
+    broken.cannot = EngineError("engine 1 has no memory")  # type: ignore[attr-defined]
+    with pytest.raises(EngineError, match="engine 1 has no memory"):
+        engines.wait_until_ready()
+    slow.may_start.set()  # type: ignore[attr-defined]
+
+
+def test_of_engines_that_are_started_again_only_those_that_failed_are_started_once_more() -> None:
+    engines, router = make()
+    first, second = engines._places
+    first.death = second.death = "killed"
+    first.cannot = EngineError("engine 0 has no memory")  # type: ignore[attr-defined]
+    with pytest.raises(EngineError, match="engine 0 has no memory"):
+        engines.restart_dead()
+    first.cannot = None  # type: ignore[attr-defined]
+    assert [record.name for record in engines.restart_dead()] == ["engine 0", "engine 1"]
+    assert (first.num_starts, second.num_starts) == (2, 1)
+    assert router.workers == [], "neither has the weights"
+
+
+def test_a_long_start_tells_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    engines, _ = make()
+    told: list[str] = []
+
+    def tell(text: str, *values: Any) -> None:
+        told.append(text % values)
+        engines._places[0].may_start.set()  # type: ignore[attr-defined]
+        engines._places[1].may_start.set()  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(module, "_TELL_EVERY_S", 0.05)
+    monkeypatch.setattr(module.logger, "info", tell)
+    for place in engines._places:
+        place.may_start.clear()  # type: ignore[attr-defined]
+    assert not list(engines._start_errors(engines._places))
+    assert told[0] == "engine 0 has been starting for 0 s, as 1 more; its log says: engine 0 loads"
 
 
 def test_an_engine_whose_weights_could_not_be_sent_is_handed_out_again() -> None:
