@@ -71,8 +71,8 @@ def server_command(args: Namespace, spec: EngineSpec) -> tuple[list[str], dict[s
 def limits_of_sampling(args: Namespace) -> dict[str, Any] | None:
     """Sampling parameters like those with which the run limits what may be sampled; None where it never does.
 
-    SGLang loads, and on a new machine compiles, the kernels for limits at the first request that has one, which an H200
-    did not answer within a minute; meanwhile its scheduler answers nobody.
+    SGLang loads, and on a new machine compiles, the kernels for limits at the first request that has one: 91 s on an
+    H200, in which its scheduler answers nobody.
     """
     used = [(getattr(args, "rollout_top_p", None), getattr(args, "rollout_top_k", None))]
     used += [(dataset.top_p, dataset.top_k) for dataset in getattr(args, "eval_datasets", None) or ()]
