@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from slime.backends.sglang.launch import PYTHON_VARIABLE
 
+_TIMEOUT_S = 900
 _BENCHMARK = """
 import json, runpy, sys
 for words in json.loads(sys.argv[1]):
@@ -106,7 +107,8 @@ def _bench(options: Namespace, args: Namespace, url: str, ways: dict[str, list[s
             for flags in ways.values()
         ]  # fmt: skip
     python = os.environ.get(PYTHON_VARIABLE) or sys.executable
-    done = subprocess.run([python, "-c", _BENCHMARK, json.dumps(calls)], capture_output=True, text=True, check=False)
+    command = [python, "-c", _BENCHMARK, json.dumps(calls)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
     speeds = (
         [json.loads(line)["output_throughput"] for line in result.read_text().splitlines()] if result.exists() else []
     )

@@ -9,6 +9,11 @@ ROOT = Path(__file__).resolve().parents[2]
 _A_HOST_EACH = Path(__file__).parent / "a_host_each"
 
 
+def share_one() -> bool:
+    """Whether ranks have to share a GPU, each as a host of its own."""
+    return torch.cuda.device_count() < 2
+
+
 def environment_of_rank(rank: int) -> dict[str, str]:
     """For a process of its own: its GPU, and the folder that lets several ranks have the same one."""
     visible = (os.environ.get("CUDA_VISIBLE_DEVICES") or "").split(",")
@@ -19,6 +24,6 @@ def environment_of_rank(rank: int) -> dict[str, str]:
 def python_path() -> str:
     """The checkout, and what makes each process a host of its own where there is one GPU."""
     folders = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    if torch.cuda.device_count() < 2:
+    if share_one():
         folders.insert(0, str(_A_HOST_EACH))
     return os.pathsep.join(filter(None, folders))

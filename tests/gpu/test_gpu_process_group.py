@@ -8,7 +8,7 @@ import torch
 
 from slime.utils.processes import free_port
 from slime.weight_sync.process_group import DistributedTransport
-from tests.gpu.ranks import environment_of_rank
+from tests.gpu.ranks import environment_of_rank, share_one
 from tests.unit.sglang.test_process_group import HOST, EngineInAnotherProcess
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 @pytest.fixture
 def transport(monkeypatch: pytest.MonkeyPatch) -> Iterator[DistributedTransport]:
     monkeypatch.setenv("NCCL_CUMEM_ENABLE", "0")
-    if torch.cuda.device_count() < 2:  # of this process, which began without tests/gpu/a_host_each
+    if share_one():  # both processes import this and so began before tests/gpu/a_host_each could speak for them
         monkeypatch.setenv("NCCL_HOSTID", "trainer")
     transport = DistributedTransport(
         backend="nccl", master_address=HOST, free_port=free_port, device="cuda", timeout_s=60
@@ -27,7 +27,8 @@ def transport(monkeypatch: pytest.MonkeyPatch) -> Iterator[DistributedTransport]
 
 
 def engine_on_gpu() -> EngineInAnotherProcess:
-    return EngineInAnotherProcess(0, gpu=environment_of_rank(1) | {"NCCL_HOSTID": "engine"})
+    host = {"NCCL_HOSTID": "engine"} if share_one() else {}
+    return EngineInAnotherProcess(0, gpu=environment_of_rank(1) | host)
 
 
 def assert_arrives(transport: DistributedTransport, engine: EngineInAnotherProcess) -> None:

@@ -12,12 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from slime.observability.run_log import read_metrics
 from tests.contracts.engine.conftest import HEADS_FOR_GPUS
 from tests.contracts.engine.tiny_model import save_tiny_model
-from tests.gpu.ranks import ROOT, python_path
+from tests.gpu.ranks import ROOT, python_path, share_one
 from tests.ray_nodes import ray_cluster
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
@@ -31,7 +30,7 @@ SHARED = ["--colocate", "--actor-num-gpus-per-node", "2", "--rollout-num-gpus-pe
 def environment() -> Iterator[dict[str, str]]:
     """Of a run that has two devices."""
     environ = {**os.environ, "PYTHONPATH": python_path()}
-    if torch.cuda.device_count() >= 2:
+    if not share_one():
         yield environ
         return
     gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0")

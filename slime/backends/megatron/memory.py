@@ -138,12 +138,17 @@ class _OnHost:
             kept.setdefault(buffer.numel(), []).append(buffer)
         found = [kept[size].pop() if kept.get(size) else None for size in sizes]
         missing = [size for size, buffer in zip(sizes, found, strict=True) if buffer is None]
-        *starts, end = itertools.accumulate((-(-size // _ALIGNMENT) * _ALIGNMENT for size in missing), initial=0)
+        *starts, end = starts_and_end(missing)
         memory = pinned(self._accelerator, end, *_WHY_PINNED) if missing else None
         new = [memory[at : at + size] for at, size in zip(starts, missing, strict=True) if memory is not None]
         self._buffers += new
         rest = iter(new)
         return [next(rest) if buffer is None else buffer for buffer in found]
+
+
+def starts_and_end(sizes: Sequence[int]) -> list[int]:
+    """Where buffers of so many bytes start, side by side in one piece of memory, and where it ends."""
+    return list(itertools.accumulate((-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes), initial=0))
 
 
 def pinned(accelerator: Accelerator, num_bytes: int, keeps: str, way_out: str) -> Tensor:

@@ -4,7 +4,6 @@ A GPU copies to pinned memory by itself, many times faster than to new pages of 
 first find and clear. Pinning is as slow as that, so what was pinned is kept from one save to the next.
 """
 
-import itertools
 import threading
 from collections.abc import Sequence
 
@@ -12,9 +11,7 @@ import torch
 from torch import Tensor
 
 from slime.backends.megatron.accelerator import Accelerator
-from slime.backends.megatron.memory import pinned
-
-_ALIGNMENT = 512  # bytes; where a copy starts
+from slime.backends.megatron.memory import pinned, starts_and_end
 
 
 class Staging:
@@ -35,10 +32,10 @@ class Staging:
             MemoryError: the host has not the room.
         """
         sizes = [tensor.nbytes if _is_on_gpu(tensor) else 0 for tensor in tensors]
-        starts = list(itertools.accumulate((-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes), initial=0))
-        memory = self._lent(starts[-1]) if starts[-1] else None
+        *starts, end = starts_and_end(sizes)
+        memory = self._lent(end) if end else None
         copies = []
-        for tensor, start, size in zip(tensors, starts[:-1], sizes, strict=True):
+        for tensor, start, size in zip(tensors, starts, sizes, strict=True):
             if not size or memory is None:
                 copies.append(tensor.detach().clone())
                 continue
