@@ -41,7 +41,8 @@ class SGLangClient:
         self.url = base_url.rstrip("/")
         self._timeout_s = timeout_s
         headers = key_header(api_key or the_runs_key())
-        self._control = {} if api_key else control_header()
+        control = {} if api_key else control_header()
+        self._control = {} if control == headers else control
         # Engines are ours and near: a proxy of the environment must not come between.
         self._http = httpx.Client(
             base_url=self.url,
@@ -255,9 +256,23 @@ class SGLangClient:
     def _send(
         self, method: str, path: str, payload: dict[str, Any] | None, query: dict[str, str] | None = None
     ) -> httpx.Response:
+        control = self._control if method == "POST" else {}
+        reply = self._sent(method, path, payload, query, control)
+        if reply.status_code == 401 and control:
+            # Only paths that SGLang has can ask for the admin's key: one that it does not have asks for the run's.
+            reply = self._sent(method, path, payload, query, {})
+        return reply
+
+    def _sent(
+        self,
+        method: str,
+        path: str,
+        payload: dict[str, Any] | None,
+        query: dict[str, str] | None,
+        headers: dict[str, str],
+    ) -> httpx.Response:
         started = time.monotonic()
         try:
-            headers = self._control if method == "POST" else None
             return self._http.request(method, path, json=payload, params=query, headers=headers)
         except httpx.TimeoutException as error:
             waited_s = time.monotonic() - started

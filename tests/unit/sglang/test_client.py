@@ -223,6 +223,30 @@ def test_an_engine_without_weight_sessions_needs_none(client):
     client.end_weight_update()
 
 
+def test_an_older_engine_with_two_keys_has_no_sessions_either(fake_engine, monkeypatch):
+    """SGLang asks for the admin's key on its own paths of control alone; on others, unknown ones too, for the run's."""
+    monkeypatch.setenv("SLIME_API_KEY", "key")
+    monkeypatch.setenv("SLIME_ADMIN_API_KEY", "admin")
+    unauthorized, unknown = (401, {"error": "Unauthorized"}), (404, {"detail": "Not Found"})
+    fake_engine.replies |= {"/begin_weight_update": [unauthorized, unknown], "/continue_generation": OK}
+    client = SGLangClient(fake_engine.url, name="engine 7")
+    client.begin_weight_update()
+    client.resume()
+    assert [headers["authorization"] for headers in fake_engine.headers] == [
+        "Bearer admin",
+        "Bearer key",
+        "Bearer admin",
+    ]
+
+
+def test_keys_that_an_engine_does_not_know_are_an_error(fake_engine, monkeypatch):
+    monkeypatch.setenv("SLIME_API_KEY", "key")
+    monkeypatch.setenv("SLIME_ADMIN_API_KEY", "admin")
+    fake_engine.replies["/continue_generation"] = (401, {"error": "Unauthorized"})
+    with pytest.raises(EngineError, match=r"engine 7 .*POST /continue_generation: 401 .*Unauthorized"):
+        SGLangClient(fake_engine.url, name="engine 7").resume()
+
+
 def test_a_session_left_open_by_a_failed_sync_is_closed_first(fake_engine, client):
     open_already = (
         400,
