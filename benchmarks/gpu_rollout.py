@@ -2,9 +2,10 @@
 
     python benchmarks/gpu_rollout.py --model MODEL --prompts data/gsm8k/train.jsonl
 
-slime's rollouts have everything on: chat template, router, log-probs, rewards, samples on disk. Then
-`sglang.bench_serving` sends the requests of each rollout, prompt for prompt, to the same engine without the router.
-Each response has exactly --tokens tokens. The first rollout and the first benchmark warm up and do not count.
+slime's rollouts have everything on: chat template, router, log-probs, rewards, samples on disk. After each one
+`sglang.bench_serving` sends its requests, prompt for prompt, to the same engine without the router; so what else the
+machine does, and how warm the engine is, are the same for all. Each response has exactly --tokens tokens. The first
+rounds (--warm-up) do not count.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -22,11 +24,17 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from slime.backends.sglang.launch import PYTHON_VARIABLE
 
-_TIMEOUT_S = 900
+_TIMEOUT_S = 300
+"""For the benchmark's first run, its imports included."""
+
+_WAYS = {
+    "bench_serving, streaming": [],
+    "bench_serving, whole replies with log-probs": ["--disable-stream", "--return-logprob"],
+}
 _BENCHMARK = """
 import json, runpy, sys
-for words in json.loads(sys.argv[1]):
-    sys.argv = ["bench_serving", *words]
+for line in sys.stdin:
+    sys.argv = ["bench_serving", *json.loads(line)]
     runpy.run_module("sglang.bench_serving", run_name="__main__")
 """
 
@@ -39,15 +47,19 @@ def main() -> None:
         from slime.ray.run import Run
 
         args = parse_args()
+        speeds: dict[str, list[float]] = {"slime, everything on": [], **{way: [] for way in _WAYS}}
         with Run(args) as run:
-            ours = [_rollout(run, rollout_id) for rollout_id in range(options.rollouts + 1)]
             (engine,) = run._ask("engine_records", what="list its engines")
-            ways = {
-                "bench_serving, streaming": [],
-                "bench_serving, whole replies with log-probs": ["--disable-stream", "--return-logprob"],
-            }
-            theirs = _bench(options, args, engine.url, ways)
-    _print_table(options, ours, theirs)
+            bench = _Bench(options, args, engine.url)
+            try:
+                for rollout_id in range(args.num_rollout):
+                    speeds["slime, everything on"].append(_rollout(run, rollout_id))
+                    requests = bench.requests(rollout_id)
+                    for way, flags in _WAYS.items():
+                        speeds[way].append(bench.speed(requests, flags))
+            finally:
+                bench.close()
+    _print_table(options, speeds)
 
 
 def _options() -> Namespace:
@@ -57,7 +69,8 @@ def _options() -> Namespace:
     parser.add_argument("--tokens", type=int, default=400, help="of each response")
     parser.add_argument("--batch", type=int, default=32, help="prompts a rollout")
     parser.add_argument("--samples", type=int, default=8, help="responses a prompt")
-    parser.add_argument("--rollouts", type=int, default=4, help="that count")
+    parser.add_argument("--rollouts", type=int, default=8, help="that count")
+    parser.add_argument("--warm-up", type=int, default=2, help="rollouts that do not count")
     parser.add_argument("flags", nargs="*", help="more flags of train.py, after --")
     return parser.parse_args()
 
@@ -66,8 +79,9 @@ def _flags(options: Namespace, folder: str) -> list[str]:
     return [
         "--hf-checkpoint", options.model, "--debug-rollout-only", "--rollout-num-gpus", "1", "--num-gpus-per-node", "1",
         "--prompt-data", options.prompts, "--input-key", "prompt", "--label-key", "label", "--apply-chat-template",
-        "--rm-type", "math", "--num-rollout", str(options.rollouts + 1), "--rollout-batch-size", str(options.batch),
-        "--n-samples-per-prompt", str(options.samples), "--rollout-max-response-len", str(options.tokens),
+        "--rm-type", "math", "--num-rollout", str(options.warm_up + options.rollouts),
+        "--rollout-batch-size", str(options.batch), "--n-samples-per-prompt", str(options.samples),
+        "--rollout-max-response-len", str(options.tokens),
         "--custom-generate-function-path", str(Path(__file__).parent / "exact_length.py:generate"),
         "--sglang-cuda-graph-max-bs-decode", str(options.batch * options.samples), "--output-dir", folder,
         "--run-name", "rollout", *options.flags,
@@ -79,7 +93,7 @@ def _rollout(run: Any, rollout_id: int) -> float:
     with run.step(rollout_id):
         run.generate(rollout_id)
     line = json.loads((Path(run.args.run_dir) / "metrics.jsonl").read_text().splitlines()[-1])
-    return sum(row["response_length"] for row in _samples(run.args, rollout_id)) / line["perf/generate_time"]
+    return float(sum(row["response_length"] for row in _samples(run.args, rollout_id)) / line["perf/generate_time"])
 
 
 def _samples(args: Namespace, rollout_id: int) -> list[dict[str, Any]]:
@@ -87,48 +101,68 @@ def _samples(args: Namespace, rollout_id: int) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def _bench(options: Namespace, args: Namespace, url: str, ways: dict[str, list[str]]) -> dict[str, list[float]]:
-    """Output tokens per second that SGLang's benchmark reports for each rollout's requests, all sent at once, by way.
+class _Bench:
+    """SGLang's benchmark, in one process for all of its runs: importing it takes longer than a rollout."""
 
-    One process runs it for all of them: importing it takes longer than a rollout.
-    """
-    folder = Path(args.run_dir)
-    calls, result = [], folder / "bench.jsonl"
-    for rollout_id in range(options.rollouts + 1):
-        rows, requests = _samples(args, rollout_id), folder / f"requests_{rollout_id}.jsonl"
-        turns = [[{"content": row["prompt"]}, {"content": "an answer, whose length is not used"}] for row in rows]
-        requests.write_text("".join(json.dumps({"conversations": turn}) + "\n" for turn in turns))
-        calls += [
-            [
-                "--backend", "sglang", "--base-url", url, "--model", options.model, "--dataset-name", "custom",
-                "--dataset-path", str(requests), "--num-prompts", str(len(rows)), "--sharegpt-output-len",
-                str(options.tokens), "--flush-cache", "--disable-tqdm", "--output-file", str(result), *flags,
-            ]
-            for flags in ways.values()
+    def __init__(self, options: Namespace, args: Namespace, url: str) -> None:
+        self._args, self._folder = args, Path(args.run_dir)
+        self._result, self._log = self._folder / "bench.jsonl", self._folder / "bench.log"
+        self._flags = [
+            "--backend", "sglang", "--base-url", url, "--model", options.model, "--dataset-name", "custom",
+            "--num-prompts", str(options.batch * options.samples), "--sharegpt-output-len", str(options.tokens),
+            "--flush-cache", "--disable-tqdm", "--output-file", str(self._result),
         ]  # fmt: skip
-    python = os.environ.get(PYTHON_VARIABLE) or sys.executable
-    command = [python, "-c", _BENCHMARK, json.dumps(calls)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
-    speeds = (
-        [json.loads(line)["output_throughput"] for line in result.read_text().splitlines()] if result.exists() else []
-    )
-    if done.returncode or len(speeds) != len(calls):
-        raise SystemExit(
-            f"sglang.bench_serving ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-3000:]}"
-        )
-    return {way: speeds[i :: len(ways)] for i, way in enumerate(ways)}
+        python = os.environ.get(PYTHON_VARIABLE) or sys.executable
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [python, "-c", _BENCHMARK], stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, text=True
+            )
+
+    def requests(self, rollout_id: int) -> Path:
+        """The file of a rollout's requests, as the benchmark reads them."""
+        path = self._folder / f"requests_{rollout_id}.jsonl"
+        turns = [
+            [{"content": row["prompt"]}, {"content": "an answer, whose length is not used"}]
+            for row in _samples(self._args, rollout_id)
+        ]
+        path.write_text("".join(json.dumps({"conversations": turn}) + "\n" for turn in turns))
+        return path
+
+    def speed(self, requests: Path, flags: list[str]) -> float:
+        """Output tokens per second that the benchmark reports for these requests, all sent at once."""
+        before = len(self._results())
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps([*self._flags, "--dataset-path", str(requests), *flags]) + "\n")
+        self._process.stdin.flush()
+        deadline = time.monotonic() + _TIMEOUT_S
+        while len(results := self._results()) == before:
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                raise SystemExit(f"sglang.bench_serving gave no result:\n{self._log.read_text()[-3000:]}")
+            time.sleep(0.1)
+        return float(results[-1]["output_throughput"])
+
+    def _results(self) -> list[dict[str, Any]]:
+        """Of whole lines: the last one may be on its way."""
+        text = self._result.read_text() if self._result.exists() else ""
+        return [json.loads(line) for line in text.split("\n")[:-1]]
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
 
 
-def _print_table(options: Namespace, ours: list[float], theirs: dict[str, list[float]]) -> None:
+def _print_table(options: Namespace, speeds: dict[str, list[float]]) -> None:
     print(
         f"\n{options.batch} prompts x {options.samples} samples x {options.tokens} tokens, {options.rollouts} rollouts"
     )
-    print("| way | tokens/s, median | all | slime / this |\n|---|---|---|---|")
-    slime = statistics.median(ours[1:])
-    for way, speeds in {"slime, everything on": ours, **theirs}.items():
-        median = statistics.median(speeds[1:])
-        everything = " ".join(f"{speed:,.0f}" for speed in speeds[1:])
-        print(f"| {way} | {median:,.0f} | {everything} | {slime / median:.3f} |")
+    print("| way | tokens/s, median | all | slime / this: of medians | median of rounds |\n|---|---|---|---|---|")
+    ours, *_ = (counted[options.warm_up :] for counted in speeds.values())
+    for way, all_speeds in speeds.items():
+        these = all_speeds[options.warm_up :]
+        median = statistics.median(these)
+        everything = " ".join(f"{speed:,.0f}" for speed in these)
+        by_round = statistics.median(our / their for our, their in zip(ours, these, strict=True))
+        print(f"| {way} | {median:,.0f} | {everything} | {statistics.median(ours) / median:.3f} | {by_round:.3f} |")
 
 
 if __name__ == "__main__":

@@ -80,9 +80,9 @@ def _listed(values: Sequence[int] | Sequence[float] | None) -> list[Any] | str |
     """Numbers that `slime diff` compares; of very many a digest, which still tells whether two are the same."""
     if values is None:
         return None
+    if len(values) <= MAX_LISTED:
+        return list(values)
     numbers = [value.item() if hasattr(value, "item") else value for value in values]
-    if len(numbers) <= MAX_LISTED:
-        return numbers
     digest = hashlib.blake2b(json.dumps(numbers).encode(), digest_size=16).hexdigest()
     return f"{len(numbers)} numbers, blake2b {digest}"
 
@@ -106,10 +106,18 @@ def _write(run_dir: Path | str, stem: str, samples: Iterable[Sample], tokenizer:
 def _line(row: dict[str, Any]) -> bytes:
     """The row as JSON, with null for numbers that JSON does not have."""
     try:
-        return orjson.dumps(row, default=repr, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_NON_STR_KEYS)
+        return orjson.dumps(row, default=_plain, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_NON_STR_KEYS)
     except TypeError:  # a very large integer, or half of a surrogate pair, which the slower way writes
-        text = json.dumps(_finite(row), ensure_ascii=False, allow_nan=False, default=repr) + "\n"
+        text = json.dumps(_finite(row), ensure_ascii=False, allow_nan=False, default=_plain) + "\n"
         return text.encode("utf-8", errors="backslashreplace")
+
+
+def _plain(value: Any) -> Any:
+    """For what JSON does not have: the number of a numpy or torch scalar, and the `repr` of anything else."""
+    try:
+        return value.item()
+    except (AttributeError, RuntimeError, ValueError):  # no scalar
+        return repr(value)
 
 
 def _finite(value: Any) -> Any:

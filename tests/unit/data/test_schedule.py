@@ -326,6 +326,30 @@ def test_the_documented_custom_dict_is_split_too(make_args) -> None:
     assert shard["multimodal_train_inputs"][1] is None
 
 
+def test_a_hooks_own_kinds_of_numbers_are_taken(make_args) -> None:
+    """Floats for a mask, tensors for tokens, no token that was generated."""
+    data = {
+        "tokens": [torch.tensor([1, 2]), [torch.tensor(1)]],
+        "response_lengths": [1, 0],
+        "rewards": [1.0, 0.0],
+        "raw_reward": [1.0, 0.0],
+        "loss_masks": [[1.0], []],
+        "rollout_log_probs": [[-1], []],
+    }
+    (shard,) = split_train_data_by_dp(make_args(global_batch_size=2), data, ONE)
+    assert [tokens.tolist() for tokens in shard["tokens"]] == [[1, 2], [1]]
+    assert [mask.tolist() for mask in shard["loss_masks"]] == [[1], []]
+    assert [probs.tolist() for probs in shard["rollout_log_probs"]] == [[-1.0], []]
+    assert {tensor.dtype for tensor in (*shard["tokens"], *shard["loss_masks"])} == {torch.long, torch.int}
+    assert {probs.dtype for probs in shard["rollout_log_probs"]} == {torch.float32}
+
+
+def test_what_is_no_number_is_refused(make_args) -> None:
+    data = {"tokens": [[1, 2]], "response_lengths": [1], "rewards": [1.0], "raw_reward": [1.0]}
+    with pytest.raises((TypeError, RuntimeError)):
+        split_train_data_by_dp(make_args(global_batch_size=1), data | {"rollout_log_probs": [[None]]}, ONE)
+
+
 def test_a_list_of_another_length_is_refused(make_args) -> None:
     data = {"tokens": [[1, 2]], "response_lengths": [1], "rewards": [1.0, 2.0], "raw_reward": [1.0]}
     with pytest.raises(ValueError, match="1 token sequences but 2 of rewards"):

@@ -71,6 +71,14 @@ def test_a_chat_prompt_and_an_odd_label_are_still_one_line(tmp_path: Path) -> No
     assert row["prompt"] == chat and row["label"] == "{1}"
 
 
+def test_numbers_of_numpy_and_torch_are_written_as_numbers(tmp_path: Path) -> None:
+    sample = a_sample(tokens=[1, np.int64(2), torch.tensor(3)], rollout_log_probs=torch.tensor([-0.5, -0.25]))
+    sample.reward, sample.label = np.float32(0.5), np.arange(2)
+    (row,) = rows_of(write_samples(tmp_path, 0, [sample]))
+    assert (row["tokens"], row["log_probs"], row["reward"]) == ([1, 2, 3], [-0.5, -0.25], 0.5)
+    assert row["label"] == "array([0, 1])"
+
+
 def test_a_dumped_rollout_comes_back_as_it_was(tmp_path: Path) -> None:
     template = str(tmp_path / "dump" / "{rollout_id}.pt")
     original = a_sample(
