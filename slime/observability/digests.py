@@ -25,7 +25,8 @@ def write_digests(run_dir: Path | str, version: int, digests: Mapping[str, str],
     folder = Path(run_dir) / DIGESTS_DIR
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"version_{version:06d}.json"
-    write_whole(path, json.dumps({"version": version, "rollout_id": rollout_id, "tensors": dict(digests)}) + "\n")
+    text = json.dumps({"version": version, "rollout_id": rollout_id, "tensors": dict(digests)}) + "\n"
+    write_whole(path, text, survives_power_loss=False)  # `RunLog.put_to_disk` sees to that
     return path
 
 
@@ -43,8 +44,13 @@ def read_digests(run_dir: Path | str) -> dict[int, dict[str, str]]:
 
 def digest_files(folder: Path) -> Iterator[tuple[Path, int]]:
     """(file, rollout id) of every version in a folder of digests, by version."""
-    for path in sorted(folder.glob("version_*.json")):
+    for path in version_files(folder):
         yield path, int(_load(path)["rollout_id"])
+
+
+def version_files(folder: Path) -> list[Path]:
+    """The file of every version in a folder of digests, by version; unread."""
+    return sorted(folder.glob("version_*.json"))
 
 
 def _load(path: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from slime.observability.digests import digest_files
+from slime.observability.digests import digest_files, version_files
 from slime.observability.run_files import (
     DIGESTS_DIR,
     LEDGER_FILE,
@@ -32,6 +32,7 @@ def cut_back(run_dir: Path | str, start: int) -> None:
     first = start if start > 0 else -1
     steps = _cut_lines(folder / METRICS_FILE, lambda line: int(line["step"]) < first)
     _cut_lines(folder / LEDGER_FILE, lambda line: int(line["rollout_id"]) < first)
+    _remove_empty(folder / DIGESTS_DIR)
     for path, rollout_id in (*_sample_files(folder / SAMPLES_DIR), *digest_files(folder / DIGESTS_DIR)):
         if rollout_id >= first:
             path.unlink()
@@ -39,6 +40,14 @@ def cut_back(run_dir: Path | str, start: int) -> None:
         logger.info("%s goes on at step %d: %d later line(s) of %s were cut off", folder, start, steps, METRICS_FILE)
     elif steps:
         logger.info("%s has no checkpoint to go on from: its %d line(s) of %s make way", folder, steps, METRICS_FILE)
+
+
+def _remove_empty(folder: Path) -> None:
+    """A machine that lost power leaves files without contents of what came after the last checkpoint."""
+    for path in version_files(folder):
+        if path.stat().st_size == 0:
+            logger.info("%s is empty and is removed: the machine stopped before it reached the disk", path)
+            path.unlink()
 
 
 def read_unfinished(run_dir: Path | str, rollout_id: int) -> dict[str, Any] | None:

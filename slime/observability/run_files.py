@@ -11,11 +11,16 @@ UNFINISHED_FILE = "unfinished_step.json"
 """The metrics of a step whose checkpoint is being written; its line of metrics.jsonl comes after the checkpoint."""
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that a reader finds the old or the new contents, and never a part, even after a crash."""
+def write_whole(path: Path, text: str, *, survives_power_loss: bool = True) -> None:
+    """Write a file so that a reader finds the old or the new contents, and never a part, however the process ends.
+
+    Args:
+        survives_power_loss: the machine's end too. It waits for the disk, which may be at work on a checkpoint.
+    """
     partial = path.with_name(f"{path.name}.partial")
     with partial.open("w", encoding="utf-8") as file:
         file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+        if survives_power_loss:
+            file.flush()
+            os.fsync(file.fileno())
     partial.replace(path)

@@ -10,7 +10,6 @@ import argparse
 import json
 import logging
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -18,12 +17,14 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from slime.observability import metric_names
+from slime.observability.digests import version_files
 from slime.observability.metric_utils import compute_rollout_step
 from slime.observability.resume import cut_back, read_unfinished
-from slime.observability.run_files import LEDGER_FILE, METRICS_FILE, UNFINISHED_FILE, write_whole
+from slime.observability.run_files import DIGESTS_DIR, LEDGER_FILE, METRICS_FILE, UNFINISHED_FILE, write_whole
 from slime.observability.step_line import format_step
 from slime.observability.tensorboard_utils import _TensorboardAdapter
 from slime.observability.wandb_utils import WandbAdapter
+from slime.utils.durable import sync_file, sync_folder
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ class RunLog:
         if getattr(args, "use_wandb", False):
             self._trackers.append(WandbAdapter(args, self.run_dir))
         self._accounted_for: int | None = None
+        self._on_disk: set[Path] = set()
         self._file = self._open()
 
     def _open(self) -> TextIO:
@@ -91,6 +93,21 @@ class RunLog:
         values = {name: to_number(name, value) for name, value in metrics.items()}
         write_whole(self.run_dir / UNFINISHED_FILE, json.dumps({"step": rollout_id, "metrics": values}))
 
+    def put_to_disk(self) -> None:
+        """What a checkpoint goes on from outlasts the machine's end: metrics, ledger and digests so far.
+
+        To be called before the checkpoint is written, and not every step: whatever waits for the disk then also waits
+        for the checkpoint that is on its way to it.
+        """
+        digests = [path for path in version_files(self.run_dir / DIGESTS_DIR) if path not in self._on_disk]
+        for path in (self.run_dir / METRICS_FILE, self.run_dir / LEDGER_FILE, *digests):
+            if path.exists():
+                sync_file(path)
+        if digests:
+            sync_folder(self.run_dir / DIGESTS_DIR)
+            self._on_disk.update(digests)
+        sync_folder(self.run_dir)
+
     def step(self, rollout_id: int, metrics: Mapping[str, Any], ledger: Mapping[str, Any] | None = None) -> None:
         """Writes one step, whole, before it returns.
 
@@ -129,8 +146,6 @@ class RunLog:
             return
         with (self.run_dir / LEDGER_FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps(ledger) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
         self._accounted_for = rollout_id
 
     def _check_names(self, metrics: Mapping[str, Any]) -> None:

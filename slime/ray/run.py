@@ -298,6 +298,7 @@ class Run:
         if self._logged != rollout_id:
             self._log.prepare(rollout_id, self._metrics, self._ledger)
         self._finish_saves()
+        self._log.put_to_disk()
         self._ask("save", rollout_id, what="save the data position")
         self._actor.save_model(rollout_id)
         self._saved = rollout_id

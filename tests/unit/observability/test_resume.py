@@ -2,6 +2,8 @@
 
 import io
 import json
+import logging
+import os
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -49,6 +51,34 @@ def resumed(run_dir: Path, start: int) -> RunLog:
     log = RunLog(run_dir, Namespace(), stream=io.StringIO())
     assert log.begin(start) is None
     return log
+
+
+def test_the_disk_is_waited_for_before_a_checkpoint_and_not_every_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(Path(os.readlink(f"/proc/self/fd/{file}")).name))
+    log = RunLog(tmp_path / "run", Namespace(), stream=io.StringIO())
+    for step in range(2):
+        write_step(log, tmp_path / "run", step, loss=0.5)
+    assert synced == []
+    log.put_to_disk()
+    digests = ["version_000002.json", "version_000003.json"]
+    assert synced == ["metrics.jsonl", "ledger.jsonl", *digests, "digests", "run"]
+    synced.clear()
+    write_step(log, tmp_path / "run", 2, loss=0.5)
+    log.put_to_disk()
+    assert synced == ["metrics.jsonl", "ledger.jsonl", "version_000004.json", "digests", "run"]
+    log.close()
+
+
+def test_what_a_loss_of_power_left_empty_goes(run_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    lost = run_dir / "digests" / "version_000006.json"
+    lost.write_text("")
+    resumed(run_dir, 3).close()
+    assert not lost.exists() and f"{lost} is empty and is removed" in caplog.text
+    assert sorted(read_digests(run_dir)) == [-1, 0, 1, 2]
 
 
 def ledger_of(run_dir: Path) -> list[int]:
