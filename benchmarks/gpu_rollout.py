@@ -9,6 +9,7 @@ rounds (--warm-up) do not count.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -106,10 +107,11 @@ class _Bench:
 
     def __init__(self, options: Namespace, args: Namespace, url: str) -> None:
         self._args, self._folder = args, Path(args.run_dir)
+        self._num_requests = options.batch * options.samples
         self._result, self._log = self._folder / "bench.jsonl", self._folder / "bench.log"
         self._flags = [
             "--backend", "sglang", "--base-url", url, "--model", options.model, "--dataset-name", "custom",
-            "--num-prompts", str(options.batch * options.samples), "--sharegpt-output-len", str(options.tokens),
+            "--num-prompts", str(self._num_requests), "--sharegpt-output-len", str(options.tokens),
             "--flush-cache", "--disable-tqdm", "--output-file", str(self._result),
         ]  # fmt: skip
         python = os.environ.get(PYTHON_VARIABLE) or sys.executable
@@ -132,13 +134,16 @@ class _Bench:
         """Output tokens per second that the benchmark reports for these requests, all sent at once."""
         before = len(self._results())
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps([*self._flags, "--dataset-path", str(requests), *flags]) + "\n")
-        self._process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # told below
+            self._process.stdin.write(json.dumps([*self._flags, "--dataset-path", str(requests), *flags]) + "\n")
+            self._process.stdin.flush()
         deadline = time.monotonic() + _TIMEOUT_S
         while len(results := self._results()) == before:
             if self._process.poll() is not None or time.monotonic() > deadline:
                 raise SystemExit(f"sglang.bench_serving gave no result:\n{self._log.read_text()[-3000:]}")
             time.sleep(0.1)
+        if results[-1]["completed"] != self._num_requests:
+            raise SystemExit(f"sglang.bench_serving completed {results[-1]['completed']} of {self._num_requests}.")
         return float(results[-1]["output_throughput"])
 
     def _results(self) -> list[dict[str, Any]]:

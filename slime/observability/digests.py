@@ -45,7 +45,16 @@ def read_digests(run_dir: Path | str) -> dict[int, dict[str, str]]:
 def digest_files(folder: Path) -> Iterator[tuple[Path, int]]:
     """(file, rollout id) of every version in a folder of digests, by version."""
     for path in version_files(folder):
-        yield path, int(_load(path)["rollout_id"])
+        yield path, rollout_id_of(path)
+
+
+def rollout_id_of(path: Path) -> int:
+    """The last rollout that the weights of a version's file were trained on.
+
+    Raises:
+        ValueError: it is not what `write_digests` writes.
+    """
+    return int(_load(path)["rollout_id"])
 
 
 def version_files(folder: Path) -> list[Path]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from slime.observability.digests import digest_files, version_files
+from slime.observability.digests import rollout_id_of, version_files
 from slime.observability.run_files import (
     DIGESTS_DIR,
     LEDGER_FILE,
@@ -32,38 +32,54 @@ def cut_back(run_dir: Path | str, start: int) -> None:
     first = start if start > 0 else -1
     steps = _cut_lines(folder / METRICS_FILE, lambda line: int(line["step"]) < first)
     _cut_lines(folder / LEDGER_FILE, lambda line: int(line["rollout_id"]) < first)
-    _remove_empty(folder / DIGESTS_DIR)
-    for path, rollout_id in (*_sample_files(folder / SAMPLES_DIR), *digest_files(folder / DIGESTS_DIR)):
+    for path, rollout_id in (*_sample_files(folder / SAMPLES_DIR), *_digest_files(folder / DIGESTS_DIR)):
         if rollout_id >= first:
             path.unlink()
+    if (_unfinished(folder) or {"step": -1})["step"] >= first:
+        (folder / UNFINISHED_FILE).unlink(missing_ok=True)
     if steps and start > 0:
         logger.info("%s goes on at step %d: %d later line(s) of %s were cut off", folder, start, steps, METRICS_FILE)
     elif steps:
         logger.info("%s has no checkpoint to go on from: its %d line(s) of %s make way", folder, steps, METRICS_FILE)
 
 
-def _remove_empty(folder: Path) -> None:
-    """A machine that lost power leaves files without contents of what came after the last checkpoint."""
-    for path in version_files(folder):
-        if path.stat().st_size == 0:
-            logger.info("%s is empty and is removed: the machine stopped before it reached the disk", path)
-            path.unlink()
-
-
 def read_unfinished(run_dir: Path | str, rollout_id: int) -> dict[str, Any] | None:
-    """The metrics of `rollout_id` from a run that was killed after it saved that step and before it wrote its line.
+    """The metrics of `rollout_id` from a run that ended after it saved that step and before its line was on the disk.
 
     Returns:
         None when there are none, or when metrics.jsonl has the line.
     """
-    path = Path(run_dir) / UNFINISHED_FILE
+    found = _unfinished(Path(run_dir))
+    if found is None or found["step"] != rollout_id:
+        return None
+    has_line = any(line["step"] == rollout_id for _, line in _whole_lines(Path(run_dir) / METRICS_FILE))
+    metrics: dict[str, Any] = found["metrics"]
+    return None if has_line else metrics
+
+
+def remove_finished(run_dir: Path | str) -> None:
+    """Remove the metrics that `read_unfinished` reads if metrics.jsonl has them, and is on the disk."""
+    found = _unfinished(Path(run_dir))
+    if found is not None and read_unfinished(run_dir, found["step"]) is None:
+        (Path(run_dir) / UNFINISHED_FILE).unlink()
+
+
+def _unfinished(folder: Path) -> dict[str, Any] | None:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found: dict[str, Any] = json.loads((folder / UNFINISHED_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    metrics: dict[str, Any] = found["metrics"]
-    has_line = any(line["step"] == rollout_id for _, line in _whole_lines(Path(run_dir) / METRICS_FILE))
-    return metrics if found["step"] == rollout_id and not has_line else None
+    return found
+
+
+def _digest_files(folder: Path) -> Iterator[tuple[Path, int]]:
+    """As `digest_files`. A machine that lost power leaves torn files of what came after the last checkpoint."""
+    for path in version_files(folder):
+        try:
+            yield path, rollout_id_of(path)
+        except ValueError as error:
+            logger.warning("Removed, because the machine stopped before it was on the disk: %s", error)
+            path.unlink()
 
 
 def _cut_lines(path: Path, stays: Callable[[dict[str, Any]], bool]) -> int:

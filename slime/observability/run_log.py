@@ -19,7 +19,7 @@ from typing import Any, TextIO
 from slime.observability import metric_names
 from slime.observability.digests import version_files
 from slime.observability.metric_utils import compute_rollout_step
-from slime.observability.resume import cut_back, read_unfinished
+from slime.observability.resume import cut_back, read_unfinished, remove_finished
 from slime.observability.run_files import DIGESTS_DIR, LEDGER_FILE, METRICS_FILE, UNFINISHED_FILE, write_whole
 from slime.observability.step_line import format_step
 from slime.observability.tensorboard_utils import _TensorboardAdapter
@@ -94,10 +94,10 @@ class RunLog:
         write_whole(self.run_dir / UNFINISHED_FILE, json.dumps({"step": rollout_id, "metrics": values}))
 
     def put_to_disk(self) -> None:
-        """What a checkpoint goes on from outlasts the machine's end: metrics, ledger and digests so far.
+        """What is written so far outlasts the machine's end: metrics, ledger and digests.
 
-        To be called before the checkpoint is written, and not every step: whatever waits for the disk then also waits
-        for the checkpoint that is on its way to it.
+        For the moment before a checkpoint, which goes on from them, and not for every step: whatever waits for the
+        disk also waits for a checkpoint that is on its way to it.
         """
         digests = [path for path in version_files(self.run_dir / DIGESTS_DIR) if path not in self._on_disk]
         for path in (self.run_dir / METRICS_FILE, self.run_dir / LEDGER_FILE, *digests):
@@ -129,7 +129,6 @@ class RunLog:
         line = {"step": rollout_id, "time": round(time.time(), 3), **finite}
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
-        (self.run_dir / UNFINISHED_FILE).unlink(missing_ok=True)
         for tracker in self._trackers:
             tracker.log(values, compute_rollout_step(self._args, rollout_id))
         print(format_step(rollout_id, finite), file=self._stream or sys.stdout, flush=True)
@@ -139,7 +138,14 @@ class RunLog:
         for tracker in self._trackers:
             tracker.finish()
         self._trackers = []
+        if self._file.closed:
+            return
         self._file.close()
+        try:
+            self.put_to_disk()
+            remove_finished(self.run_dir)
+        except OSError as error:
+            logger.warning("The end of the run's record may not be on the disk: %s", error)
 
     def _write_ledger(self, rollout_id: int, ledger: Mapping[str, Any] | None) -> None:
         if ledger is None or self._accounted_for == rollout_id:

@@ -108,16 +108,15 @@ def _line(row: dict[str, Any]) -> bytes:
     try:
         return orjson.dumps(row, default=_plain, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_NON_STR_KEYS)
     except TypeError:  # a very large integer, or half of a surrogate pair, which the slower way writes
-        text = json.dumps(_finite(row), ensure_ascii=False, allow_nan=False, default=_plain) + "\n"
-        return text.encode("utf-8", errors="backslashreplace")
+        written = json.dumps(_finite(row), ensure_ascii=False, allow_nan=False, default=lambda v: _finite(_plain(v)))
+        return f"{written}\n".encode(errors="backslashreplace")
 
 
 def _plain(value: Any) -> Any:
     """For what JSON does not have: the number of a numpy or torch scalar, and the `repr` of anything else."""
-    try:
-        return value.item()
-    except (AttributeError, RuntimeError, ValueError):  # no scalar
-        return repr(value)
+    if getattr(value, "shape", None) == () and callable(getattr(value, "item", None)):
+        value = value.item()
+    return value if isinstance(value, bool | int | float | str) else repr(value)
 
 
 def _finite(value: Any) -> Any:

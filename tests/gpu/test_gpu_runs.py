@@ -83,5 +83,6 @@ def test_a_run_on_two_devices(
     assert [step["step"] for step in steps] == [0, 1, 2, 3]
     assert f"on {num_engines} engine(s)" in done.stdout
     fresh = [step for step in steps if step["rollout/staleness/max"] == 0]  # older samples are of older weights
-    assert fresh and max(step["train/train_rollout_logprob_abs_diff"] for step in fresh) < 0.03
+    assert len(fresh) == (1 if program == "train_async.py" else 4)
+    assert max(step["train/train_rollout_logprob_abs_diff"] for step in fresh) < 0.03
     assert all(step["perf/update_weights_bytes"] > 0 for step in steps)

@@ -2,7 +2,6 @@
 
 import io
 import json
-import logging
 import os
 from argparse import Namespace
 from pathlib import Path
@@ -72,13 +71,32 @@ def test_the_disk_is_waited_for_before_a_checkpoint_and_not_every_step(
     log.close()
 
 
-def test_what_a_loss_of_power_left_empty_goes(run_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
-    lost = run_dir / "digests" / "version_000006.json"
-    lost.write_text("")
+@pytest.mark.parametrize("left", ["", "\0" * 40, '{"version": 6, "rollout'], ids=["nothing", "zeros", "a part"])
+def test_digests_that_a_loss_of_power_tore_go(run_dir: Path, left: str, caplog: pytest.LogCaptureFixture) -> None:
+    torn = run_dir / "digests" / "version_000006.json"
+    torn.write_text(left)
     resumed(run_dir, 3).close()
-    assert not lost.exists() and f"{lost} is empty and is removed" in caplog.text
+    assert not torn.exists() and f"{torn} holds no digests" in caplog.text
     assert sorted(read_digests(run_dir)) == [-1, 0, 1, 2]
+
+
+def test_a_step_that_was_prepared_is_kept_beside_its_line_until_that_is_on_the_disk(run_dir: Path) -> None:
+    prepared = run_dir / "unfinished_step.json"
+    log = resumed(run_dir, 5)
+    log.prepare(5, {"train/loss": 5.5}, ledger_line(5))
+    log.step(5, {"train/loss": 5.5})
+    assert prepared.exists()
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run_dir / "metrics.jsonl").write_text("".join(lines[:-1]))  # as after a loss of power
+    again = RunLog(run_dir, Namespace(), stream=io.StringIO())
+    assert again.begin(6) == {"train/loss": 5.5}
+    again.close()
+    assert prepared.exists(), "its line was not written"
+    last = RunLog(run_dir, Namespace(), stream=io.StringIO())
+    last.step(5, last.begin(6) or {})
+    last.close()
+    assert not prepared.exists()
+    log.close()
 
 
 def ledger_of(run_dir: Path) -> list[int]:

@@ -79,6 +79,13 @@ def test_numbers_of_numpy_and_torch_are_written_as_numbers(tmp_path: Path) -> No
     assert row["label"] == "array([0, 1])"
 
 
+def test_what_is_no_number_is_written_as_it_presents_itself(tmp_path: Path) -> None:
+    """A label with a field `item`, and a number that JSON lacks beside text that UTF-8 lacks."""
+    odd = a_sample(label=Namespace(item="apple"), response="\ud800", rollout_log_probs=torch.tensor([float("nan")]))
+    (row,) = rows_of(write_samples(tmp_path, 0, [odd]))
+    assert row["label"] == "Namespace(item='apple')" and row["log_probs"] == [None]
+
+
 def test_a_dumped_rollout_comes_back_as_it_was(tmp_path: Path) -> None:
     template = str(tmp_path / "dump" / "{rollout_id}.pt")
     original = a_sample(
