@@ -7,6 +7,7 @@ Writing is in three parts, so that the second can happen in the background: plan
 import os
 import pickle
 from collections.abc import Callable, Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -236,9 +237,18 @@ class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
             return dtype
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         if name not in _HARMLESS.get(module, ()):
             raise pickle.UnpicklingError(f"it names {module}.{name}")
         return super().find_class(module, name)
+
+
+def _member(kind: Any, name: str) -> Any:
+    """A member of an enumeration, which Python 3.11.0 to 3.11.3 writes as `getattr` of its class and name."""
+    if not (isinstance(kind, type) and issubclass(kind, Enum) and name in kind.__members__):
+        raise pickle.UnpicklingError(f"it names builtins.getattr for {name!r} of {kind!r}")
+    return kind[name]
 
 
 def _unsafe(file: Path, error: Exception) -> UnsafeCheckpointError:

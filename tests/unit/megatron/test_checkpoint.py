@@ -6,11 +6,13 @@ import pickle
 import random
 import signal
 import time
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import Metadata
 
 from slime.utils import checkpoint_folder as cf
 from tests.distributed import tiny
@@ -493,6 +495,37 @@ def test_a_checkpoint_that_could_run_code_is_refused_unless_allowed(
         ranks.run(_train, 1, allowed, [])
         ranks.run(_train, 1, allowed, [])
     assert witness.exists()
+
+
+class _Pickler3112(pickle.Pickler):
+    """Writes members of enumerations as Python 3.11.0 to 3.11.3 do."""
+
+    def reducer_override(self, value: Any) -> Any:
+        return (getattr, (type(value), value.name)) if isinstance(value, Enum) else NotImplemented
+
+
+class _Reach:
+    """What `getattr` gives of a harmless class."""
+
+    def __reduce__(self) -> Any:
+        return getattr, (Metadata, "__init__")
+
+
+def test_a_checkpoint_of_an_older_python_is_read_and_getattr_reaches_nothing_else(
+    ranks: RankPool, model: Path, foreign: Path
+) -> None:
+    path = foreign / "iter_0000000" / ".metadata"
+    metadata = pickle.loads(path.read_bytes())
+    for planner_data in (metadata.planner_data, _Reach()):
+        metadata.planner_data = planner_data
+        with path.open("wb") as file:
+            _Pickler3112(file).dump(metadata)
+        assert b"getattr" in path.read_bytes()
+        if isinstance(planner_data, _Reach):
+            with pytest.raises(RankError, match="it names builtins.getattr for '__init__' of"):
+                ranks.run(_train, 1, tiny.training_args(model, load=str(foreign)), [])
+        else:
+            assert ranks.run(_train, 1, tiny.training_args(model, load=str(foreign)), [])[0]["start"] == 1
 
 
 def test_objects_among_the_tensors_are_not_read(ranks: RankPool, model: Path, foreign: Path) -> None:

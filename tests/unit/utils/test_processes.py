@@ -84,7 +84,7 @@ def test_a_server_is_healthy_once_its_url_answers_200(launch):
 
 
 def test_a_death_at_start_is_reported_at_once_with_name_exit_code_and_last_log_lines(launch):
-    server = launch("import sys\nfor i in range(99): print('line', i)\nsys.exit('no such model')")
+    server = launch("import sys\nfor i in range(99): print('line', i, flush=True)\nsys.exit('no such model')")
     started = time.monotonic()
     with pytest.raises(ServerError) as caught:
         server.wait_until_healthy("http://127.0.0.1:1/health", 60)
