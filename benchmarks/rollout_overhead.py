@@ -1,4 +1,4 @@
-"""What slime itself adds to a rollout: seconds before the engine has all requests, and after it has sent all replies.
+"""What slime itself adds to a rollout: seconds before the engine has requests, and after it has sent all replies.
 
     python benchmarks/rollout_overhead.py --model FOLDER --prompts data/gsm8k/train.jsonl
 
@@ -29,6 +29,7 @@ from aiohttp import web
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+_ARRIVALS = ("first_request", "last_request")
 ANSWERS = ("so the answer is \\boxed{18}", "which gives \\boxed{\\frac{36}{2}} in all", "I do not know")
 
 
@@ -122,13 +123,13 @@ def main() -> None:
     print(
         f"\n{options.batch} x {options.samples} requests, {options.tokens} tokens each, medians of {options.rollouts}"
     )
-    print(
-        "| way | s before the last request | s after the last reply | together | of a rollout |\n|---|---|---|---|---|"
-    )
+    print("| way | s before the first request | the last | s after the last reply | the last two | of a rollout |")
+    print("|---|---|---|---|---|---|")
     for way, rows in {"slime, everything on": ours, "bare aiohttp client, no router": bare}.items():
-        before, after = (statistics.median(row[i] for row in rows) for i in range(2))
-        whole = before + after + options.hold + options.spread
-        print(f"| {way} | {before:.3f} | {after:.3f} | {before + after:.3f} | {(before + after) / whole:.1%} |")
+        first, last, after = (statistics.median(row[i] for row in rows) for i in range(3))
+        added = last + after
+        share = added / (added + options.hold + options.spread)
+        print(f"| {way} | {first:.3f} | {last:.3f} | {after:.3f} | {added:.3f} | {share:.1%} |")
 
 
 def _options() -> Namespace:
@@ -152,8 +153,9 @@ def _times(port: int) -> dict[str, float]:
     return dict(httpx.get(f"http://127.0.0.1:{port}/times", trust_env=False).json())
 
 
-def _through_slime(options: Namespace, port: int) -> tuple[list[tuple[float, float]], list[bytes]]:
-    """(seconds before, seconds after) of each rollout that counts, and the bodies of one rollout's requests."""
+def _through_slime(options: Namespace, port: int) -> tuple[list[tuple[float, float, float]], list[bytes]]:
+    """Seconds before the first and the last request and after the last reply of each rollout that counts, and the
+    bodies of one rollout's requests."""
     with tempfile.TemporaryDirectory() as folder:
         sys.argv = [
             "train.py", "--hf-checkpoint", options.model, "--debug-rollout-only", "--rollout-engine", "sglang",
@@ -176,7 +178,8 @@ def _through_slime(options: Namespace, port: int) -> tuple[list[tuple[float, flo
                     run.generate(rollout_id)
                     ended = time.time()
                 times = _times(port)
-                rows.append((times["last_request"] - began, ended - times["last_reply"]))
+                first, last = (times[which] - began for which in _ARRIVALS)
+                rows.append((first, last, ended - times["last_reply"]))
         samples = Path(args.run_dir) / "samples" / f"rollout_{options.rollouts:06d}.jsonl"
         texts = [json.loads(line)["prompt"] for line in samples.read_text().splitlines()]
     from slime.utils.processing_utils import load_tokenizer
@@ -192,7 +195,7 @@ def _through_slime(options: Namespace, port: int) -> tuple[list[tuple[float, flo
     return rows[1:], bodies
 
 
-async def _bare(port: int, bodies: list[bytes]) -> tuple[float, float]:
+async def _bare(port: int, bodies: list[bytes]) -> tuple[float, float, float]:
     async def one(client: aiohttp.ClientSession, body: bytes) -> Any:
         async with client.post(f"http://127.0.0.1:{port}/generate", data=body) as reply:
             return orjson.loads(await reply.read())
@@ -202,7 +205,8 @@ async def _bare(port: int, bodies: list[bytes]) -> tuple[float, float]:
         await asyncio.gather(*(one(client, body) for body in bodies))
     ended = time.time()
     times = await asyncio.to_thread(_times, port)
-    return times["last_request"] - began, ended - times["last_reply"]
+    first, last = (times[which] - began for which in _ARRIVALS)
+    return first, last, ended - times["last_reply"]
 
 
 if __name__ == "__main__":

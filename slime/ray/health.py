@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 
 from slime.utils.api_key import api_key, key_header
-from slime.utils.http_utils import tls_context
+from slime.utils.http_client import tls_context
 
 logger = logging.getLogger(__name__)
 

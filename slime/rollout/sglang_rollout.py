@@ -282,7 +282,7 @@ async def generate_rollout_async(
     try:
         with progress_bar(collection.target, f"rollout {rollout_id}") as bar:
             while not collection.is_full:
-                _keep_in_flight(args, state, collection, data_source)
+                await _keep_in_flight(args, state, collection, data_source)
                 for task in await next_finished(state.pendings, in_order=is_deterministic(args)):
                     state.pendings.discard(task)
                     outcome = collection.take(task_number(task), task.result(), state.remaining_batch_size)
@@ -311,10 +311,13 @@ async def generate_rollout_async(
     return RolloutFnTrainOutput(samples=groups, metrics=collection.metrics(fates), fates=fates), aborted
 
 
-def _keep_in_flight(
+async def _keep_in_flight(
     args: Namespace, state: GenerateState, collection: Collection, data_source: Callable[[int], list[list[Sample]]]
 ) -> None:
-    """Submit groups, `--over-sampling-batch-size` at a time, until those kept and in flight can fill the batch."""
+    """Submit groups, `--over-sampling-batch-size` at a time, until those kept and in flight can fill the batch.
+
+    The loop gets a turn after each group: engines work on the first requests while the last are still being made.
+    """
     while state.remaining_batch_size < collection.target:
         groups = data_source(args.over_sampling_batch_size)
         if not groups:
@@ -323,7 +326,9 @@ def _keep_in_flight(
                 f"the rollout still needs {collection.target - state.remaining_batch_size}."
             )
         collection.note_drawn(groups)
-        state.submit_generate_tasks(groups)
+        for group in groups:
+            state.submit_generate_tasks([group])
+            await asyncio.sleep(0)
 
 
 def _load_optional(args: Namespace, flag: str) -> Callable[..., Any] | None:

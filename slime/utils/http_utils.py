@@ -1,16 +1,13 @@
 """HTTP to routers, engines and reward services: retries that cannot hide an error, a deadline on each request."""
 
 import asyncio
-import atexit
 import contextlib
-import functools
 import json
 import logging
 import math
 import os
 import random
 import socket
-import ssl
 import subprocess
 import time
 import weakref
@@ -20,13 +17,12 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any
 
-import aiohttp
 import httpx
 import orjson
-from httpx_aiohttp import AiohttpTransport
 
 from slime.utils.api_key import headers_for, is_own_server
 from slime.utils.direct_requests import ROUTING_KEY, DirectRequests
+from slime.utils.http_client import ConnectionPool
 
 logger = logging.getLogger(__name__)
 
@@ -34,9 +30,6 @@ DEFAULT_RETRIES = 60
 RETRY_INTERVAL_S = 1.0
 OWN_ERRORS = 10
 """How often one request may be answered by 500 from an engine that was reached: it would fail there each time."""
-CONNECT_TIMEOUT_S = 30.0
-_KEEPALIVE_S = 3.0  # less than the five seconds after which uvicorn closes an idle connection, maybe under a request
-_CLOSE_TIMEOUT_S = 1.0
 _WARNING_INTERVAL_S = 10.0
 _GENERATE = "/generate"
 _REPLY_POLL_S = 0.005
@@ -62,7 +55,7 @@ _generating: set[object] = set()
 """One token for each request to `/generate` that has no reply yet."""
 _http_client: httpx.AsyncClient | None = None
 """When set, every loop uses this client: the seam where tests put an `httpx.MockTransport`."""
-_clients: "weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, httpx.AsyncClient]" = weakref.WeakKeyDictionary()
+_pools: "weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, ConnectionPool]" = weakref.WeakKeyDictionary()
 
 
 def init_http_client(args: Namespace) -> None:
@@ -77,7 +70,7 @@ def init_http_client(args: Namespace) -> None:
         deadline_s=float(getattr(args, "sglang_router_request_timeout_secs", None) or _Settings.deadline_s),
         outlives_restarts=bool(getattr(args, "use_fault_tolerance", False)),
     )
-    _clients.clear()
+    _pools.clear()
     routers = dict(getattr(args, "sglang_model_routers", None) or {})
     if host := getattr(args, "sglang_router_ip", None):
         routers[""] = (host, args.sglang_router_port)
@@ -133,7 +126,7 @@ async def stream_post(
 ) -> AsyncGenerator[Any, None]:
     """POST and yield the JSON of each server-sent event (`data: {...}`) until `data: [DONE]`.
 
-    Not retried: what was yielded cannot be taken back. Errors as in `post`.
+    Not retried: what was yielded cannot be taken back. Errors as in `post`, until the reply begins.
     """
     deadline_s = _settings.deadline_s if timeout_s is None else timeout_s
     try:
@@ -189,9 +182,22 @@ async def _attempt(method: str, url: str, payload: Any, headers: dict[str, str] 
         if url.endswith(_GENERATE):
             stack.enter_context(_counted_as_generating())
         target = await _target(url, payload, headers, stack)
-        reply = await _client().request(method, target, json=payload, headers=headers_for(target, headers))
+        return await _exchange(method, target, payload, headers)
+
+
+async def _exchange(method: str, url: str, payload: Any, headers: dict[str, str] | None) -> Any:
+    """One request and what its reply says, which has a status below 400: its JSON, or its text."""
+    headers = headers_for(url, headers)
+    if _http_client is not None:
+        reply = await _http_client.request(method, url, json=payload, headers=headers)
+    else:
+        plain = await _pool().exchange(method, url, payload, headers)
+        if plain.status < 400 and not plain.is_packed:
+            with contextlib.suppress(orjson.JSONDecodeError):
+                return orjson.loads(plain.content)
+        reply = plain.as_response(method, url)
     if reply.status_code >= 400:
-        raise _status_error(method, target, reply)
+        raise _status_error(method, url, reply)
     try:
         return orjson.loads(reply.content)
     except orjson.JSONDecodeError:
@@ -233,10 +239,12 @@ async def _target(url: str, payload: Any, headers: dict[str, str] | None, stack:
 
 
 async def _list_of_engines(url: str) -> Any:
-    reply = await _client().request("GET", url, headers=headers_for(url, None))
-    if reply.status_code >= 400:
-        raise _status_error("GET", url, reply)
-    return reply.json()
+    answer = await _exchange("GET", url, None, None)
+    if not isinstance(answer, dict):
+        raise ValueError(
+            f"GET {url} was answered with {str(answer)[:MAX_REPLY_CHARS_IN_ERROR]!r}, not a list of engines."
+        )
+    return answer
 
 
 def _is_an_engines_own(error: Exception) -> bool:
@@ -293,51 +301,17 @@ def _log_retry(method: str, url: str, error: Exception, failures: int, retries: 
 
 
 def _client() -> httpx.AsyncClient:
-    """The client of the running loop: connections of one loop cannot be used on another."""
-    if _http_client is not None:
-        return _http_client
+    """For replies that come in parts."""
+    return _http_client if _http_client is not None else _pool().client
+
+
+def _pool() -> ConnectionPool:
+    """The connections of the running loop."""
     loop = asyncio.get_running_loop()
-    client = _clients.get(loop)
-    if client is None:
-        client = pooled_client(_settings.max_connections, httpx.Timeout(None, connect=CONNECT_TIMEOUT_S))
-        _clients[loop] = client
-    return client
-
-
-def pooled_client(max_connections: int, timeout: httpx.Timeout | float) -> httpx.AsyncClient:
-    """A client for many requests at once, over aiohttp's connections.
-
-    httpx's own pool looks at every connection for each request: with 256 in flight that took two seconds of CPU.
-    """
-    limits = httpx.Limits(max_connections=max_connections, keepalive_expiry=_KEEPALIVE_S)
-    transport = AiohttpTransport(limits=limits)
-    _transports[transport] = asyncio.get_running_loop()
-    return httpx.AsyncClient(transport=transport, timeout=timeout, trust_env=False)
-
-
-@functools.cache
-def tls_context() -> ssl.SSLContext:
-    """What every client of this process shows and trusts; reading the certificates anew takes each of them 15 ms."""
-    return httpx.create_ssl_context(trust_env=False)
-
-
-_transports: "weakref.WeakKeyDictionary[AiohttpTransport, asyncio.AbstractEventLoop]" = weakref.WeakKeyDictionary()
-
-
-@atexit.register
-def _close_transports() -> None:
-    """aiohttp reports sessions that are open at the end as errors; ours live as long as the process."""
-    for transport, loop in list(_transports.items()):
-        session = transport.client
-        if not isinstance(session, aiohttp.ClientSession) or session.closed:
-            continue
-        with contextlib.suppress(Exception):
-            if loop.is_running():
-                asyncio.run_coroutine_threadsafe(transport.aclose(), loop).result(_CLOSE_TIMEOUT_S)
-            elif loop.is_closed():
-                asyncio.run(transport.aclose())  # its sockets went with its loop
-            else:
-                loop.run_until_complete(transport.aclose())
+    pool = _pools.get(loop)
+    if pool is None:
+        pool = _pools[loop] = ConnectionPool(_settings.max_connections)
+    return pool
 
 
 # ---- this machine: addresses, ports, processes ----

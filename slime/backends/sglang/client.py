@@ -12,7 +12,7 @@ import httpx
 
 from slime.utils.api_key import api_key as the_runs_key
 from slime.utils.api_key import control_header, key_header
-from slime.utils.http_utils import tls_context
+from slime.utils.http_client import tls_context
 from slime.utils.server_control import num_requests_from_load
 from slime.weight_sync.base import EngineError
 

@@ -12,7 +12,7 @@ import httpx
 import slime
 from slime.backends.sglang.pass_through import changed_flags, is_changed
 from slime.utils.api_key import api_key, key_environment, key_header
-from slime.utils.http_utils import tls_context
+from slime.utils.http_client import tls_context
 from slime.weight_sync.base import EngineError
 
 # Set by slime itself; the router's own defaults would bind every interface, or one fixed port.

@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 
-from slime.utils.http_utils import pooled_client
+from slime.utils.http_client import pooled_client
 from slime.utils.types import Sample
 
 logger = logging.getLogger(__name__)
