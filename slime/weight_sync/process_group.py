@@ -185,6 +185,8 @@ class WeightGroup:
         options.rootRank, options.rootTensor = 0, 0
         for work in [self._group.broadcast([tensor], options) for tensor in tensors]:
             work.wait()
+        if self._is_nccl and tensors:  # till here NCCL has only been told
+            torch.cuda.current_stream(tensors[0].device).synchronize()
 
     def abort(self) -> None:
         """End what is under way: over NCCL a broadcast whose receiver died would stay before all later work."""
