@@ -29,6 +29,7 @@ from slime.observability.run_log import read_metrics
 
 RECIPE = "scripts/run-qwen2.5-0.5B-gsm8k.sh"
 SYNC_PARTS = ("pause", "gather", "send", "verify", "continue")
+WORK = ("generate", "wait_for_rollout", "train")
 START_S = 600.0
 
 
@@ -163,7 +164,7 @@ def _times(folder: Path, starts: list[int]) -> list[tuple[str, str, str]]:
         if any(line.get(f"perf/{phase}_time") for line in plain):
             rows.append((f"- {phase}", _s(_median(plain, f"perf/{phase}_time")), ""))
     rows.append(("- not accounted for", _s(_median(plain, "perf/other_time")), "1 %"))
-    outside = [line["perf/step_time"] - line.get("perf/generate_time", 0.0) - line["perf/train_time"] for line in plain]
+    outside = [line["perf/step_time"] - sum(line.get(f"perf/{work}_time") or 0.0 for work in WORK) for line in plain]
     share = statistics.median(o / line["perf/step_time"] for o, line in zip(outside, plain, strict=True))
     rows.append(("outside generation and training", f"{_s(statistics.median(outside))}, {share:.1%}", "0.6 s or 8 %"))
     parts = ", ".join(f"{part} {_median(plain, f'perf/update_weights_{part}_time'):.3f}" for part in SYNC_PARTS)
