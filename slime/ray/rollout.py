@@ -36,6 +36,7 @@ from slime.rollout.data_source import load_data_source
 from slime.rollout.ledger import take_ledger_line
 from slime.rollout.progress import set_bar_factory
 from slime.rollout.random_state import load_random_state, save_random_state
+from slime.rollout.rm_hub import warm_up
 from slime.rollout.sample_hooks import set_current_rollout_id
 from slime.rollout.staleness import staleness, weight_clock
 from slime.utils.api_key import take_api_key
@@ -97,13 +98,17 @@ class RolloutController(Pulse):
     # ---- what the driver asks ----
 
     def start(self) -> None:
-        """Load hooks and prompts, then start engines and router. The cheap part fails first."""
+        """Load hooks and prompts, then start engines and router. The cheap part fails first.
+
+        What else takes seconds goes on while engines start.
+        """
         args = self.args
         self._generate_rollout = load_function(args.rollout_function_path)
         self._eval_rollout = load_function(args.eval_function_path)
         if not args.debug_train_only:
             self._engines = Engines(args, self._devices)
             self._engines.launch()
+            warm_up(args)
         self.data_source = load_data_source(args)
         if self._engines is not None:
             self._engines.wait_until_ready()

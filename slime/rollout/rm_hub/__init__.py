@@ -1,7 +1,7 @@
 """Rewards: grades responses by rules, verifiers, a remote service or a user's function."""
 
 from slime.rollout.rm_hub.deepscaler import get_deepscaler_rule_based_reward
-from slime.rollout.rm_hub.dispatch import RewardError, async_rm, batched_async_rm, known_types
+from slime.rollout.rm_hub.dispatch import RewardError, async_rm, batched_async_rm, known_types, warm_up
 from slime.rollout.rm_hub.f1 import f1_score
 from slime.rollout.rm_hub.gpqa import compute_gpqa_reward
 from slime.rollout.rm_hub.math_dapo_utils import compute_score as compute_score_dapo
@@ -20,4 +20,5 @@ __all__ = [
     "grade_answer_verl",
     "known_types",
     "remote_rm",
+    "warm_up",
 ]

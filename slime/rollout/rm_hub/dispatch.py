@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
+from slime.rollout.rm_hub import grading_worker
 from slime.rollout.rm_hub.custom import custom_reward, custom_rewards
 from slime.rollout.rm_hub.deepscaler import get_deepscaler_rule_based_reward
 from slime.rollout.rm_hub.f1 import f1_score
@@ -42,6 +43,9 @@ GRADERS: dict[str, Grader] = {
     "math": lambda response, label, _: int(grade_answer_verl(response, label)),
     RANDOM: lambda *_: random.randint(0, 1),
 }
+
+_WORKERS_IMPORT = {"deepscaler": [("sympy_equal",)], "math": [("sympy_equal",), ("math_verify_equal",)]}
+"""What graders ask of other processes (`grading_worker`) where rules do not decide."""
 
 _threads = ThreadPoolExecutor(max_workers=8, thread_name_prefix="reward")
 
@@ -85,6 +89,17 @@ async def batched_async_rm(args: argparse.Namespace, samples: Sequence[Sample], 
         return await custom_rewards(path, args, samples, **kwargs)
     except Exception as error:
         raise _reward_error(path, samples, error) from error
+
+
+def warm_up(args: argparse.Namespace) -> None:
+    """Have the run's own reward import what it needs, in the background: SymPy takes seconds, once."""
+    if getattr(args, "custom_rm_path", None):
+        return
+    base, _, task = (getattr(args, "rm_type", None) or "").strip().removeprefix(BOXED_PREFIX).partition(":")
+    if base in _WORKERS_IMPORT:
+        grading_worker.warm_up(*_WORKERS_IMPORT[base])
+    elif base == REASONING_GYM and task:
+        grading_worker.warm_up(("reasoning_gym_score", task))
 
 
 def known_types() -> list[str]:

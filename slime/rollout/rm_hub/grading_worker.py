@@ -57,6 +57,30 @@ def reasoning_gym_score(task: str, answer: str, entry: dict[str, Any]) -> float:
     return 0.0 if score is None else float(score)
 
 
+def warm_up(*questions: tuple[Any, ...]) -> None:
+    """Start all workers now, and have each import what grading will need, while the caller does something else.
+
+    To be called before anything is graded.
+
+    A package that is missing, or a task that is not known, is told when the first answer is graded.
+
+    Args:
+        questions: (name of a function above, the arguments that its imports depend on).
+    """
+    for worker in [_take() for _ in range(NUM_WORKERS)]:
+        threading.Thread(target=_warm_up_one, args=(worker, *questions), name="warm-up", daemon=True).start()
+
+
+def _warm_up_one(worker: "_Worker", *questions: tuple[Any, ...]) -> None:
+    try:
+        for function, *arguments in questions:
+            worker.ask({"function": function, "arguments": arguments, "is_asked_later": True})
+    except (_WorkerLostError, OSError):
+        pass  # the first answer that is graded starts another, or tells why it cannot
+    finally:
+        _idle.put(worker)
+
+
 class _WorkerLostError(Exception):
     """A worker ended, or stood still, for a reason that is not the question."""
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from slime.ray import rollout
 from slime.ray.rollout import RolloutController
 from slime.rollout.base_types import GroupFates, RolloutFnTrainOutput
 from slime.rollout.progress import set_bar_factory
@@ -157,3 +158,26 @@ def test_the_ledger_of_a_rollout_is_given_once(tmp_path: Any) -> None:
         "rollout_id": 4, "trained": [[0, 0]], "dropped": [[0, 1]], "discarded": [], "outstanding": [[0, 2]]
     }  # fmt: skip
     assert manager.take_ledger() is None
+
+
+def test_graders_import_while_engines_start(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    manager, source = controller(tmp_path)
+    manager.args.rollout_function_path = manager.args.eval_function_path = "slime.rollout.sleep_rollout.sleep"
+    done: list[str] = []
+
+    class StubEngines:
+        def __init__(self, args: Namespace, devices: Any) -> None: ...
+
+        def launch(self) -> None:
+            done.append("launch")
+
+        def wait_until_ready(self) -> None:
+            done.append("ready")
+
+    monkeypatch.setattr(rollout, "Engines", StubEngines)
+    monkeypatch.setattr(rollout, "warm_up", lambda args: done.append("warm up"))
+    monkeypatch.setattr(rollout, "load_data_source", lambda args: source)
+    monkeypatch.setattr(rollout, "init_http_client", lambda args: None)
+    monkeypatch.setattr(rollout, "settle_objects", lambda: None)
+    manager.start()
+    assert done == ["launch", "warm up", "ready"]

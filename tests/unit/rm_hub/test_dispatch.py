@@ -13,7 +13,16 @@ from typing import Any
 import pytest
 
 from slime.config.rules.algorithm import REWARDS
-from slime.rollout.rm_hub import RewardError, async_rm, batched_async_rm, known_types, remote, remote_rm
+from slime.rollout.rm_hub import (
+    RewardError,
+    async_rm,
+    batched_async_rm,
+    grading_worker,
+    known_types,
+    remote,
+    remote_rm,
+    warm_up,
+)
 from slime.rollout.rm_hub.dispatch import GRADERS
 from slime.utils.types import Sample
 
@@ -321,3 +330,24 @@ async def test_the_deadline_ends_the_retries(monkeypatch: pytest.MonkeyPatch) ->
 async def test_a_remote_reward_needs_its_address() -> None:
     with pytest.raises(RewardError, match="needs --rm-url"):
         await async_rm(Namespace(rm_type="remote_rm", rm_url=None), a_sample())
+
+
+@pytest.mark.parametrize(
+    ("args", "questions"),
+    [
+        ({"rm_type": " math "}, [("sympy_equal",), ("math_verify_equal",)]),
+        ({"rm_type": "boxed_deepscaler"}, [("sympy_equal",)]),
+        ({"rm_type": "reasoning_gym:chess"}, [("reasoning_gym_score", "chess")]),
+        ({"rm_type": "reasoning_gym"}, []),
+        ({"rm_type": "f1"}, []),
+        ({"rm_type": None}, []),
+        ({"rm_type": "math", "custom_rm_path": "mine.reward"}, []),
+    ],
+)
+def test_only_rewards_that_import_much_are_warmed_up(
+    monkeypatch: pytest.MonkeyPatch, args: dict[str, Any], questions: list[Any]
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(grading_worker, "warm_up", lambda *given: asked.extend(given))
+    warm_up(Namespace(**args))
+    assert asked == questions

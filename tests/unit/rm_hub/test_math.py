@@ -1,7 +1,10 @@
 """Mathematical answers: what is equal, what is not, and what nobody may run."""
 
 import os
+import queue
 import signal
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -279,6 +282,43 @@ def test_grading_works_from_many_threads_at_once() -> None:
         results = list(threads.map(lambda pair: grade_answer_verl(boxed(pair[0]), pair[1]), pairs))
     assert results == [True] * len(pairs)
     assert len(grading_worker._started) <= grading_worker.NUM_WORKERS
+
+
+def test_warming_up_asks_every_worker_and_leaves_all_of_them_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: queue.Queue[tuple[Any, dict[str, Any]]] = queue.Queue()
+
+    class Worker:
+        def ask(self, question: dict[str, Any]) -> dict[str, Any]:
+            asked.put((self, question))
+            if question["function"] == "reasoning_gym_score":
+                raise OSError("no more processes")
+            return {"error": "no such package"}
+
+    started: list[Any] = []
+    idle: queue.LifoQueue[Any] = queue.LifoQueue()
+    monkeypatch.setattr(grading_worker, "NUM_WORKERS", 3)
+    monkeypatch.setattr(grading_worker, "_Worker", Worker)
+    monkeypatch.setattr(grading_worker, "_started", started)
+    monkeypatch.setattr(grading_worker, "_idle", idle)
+    grading_worker.warm_up(("sympy_equal",), ("reasoning_gym_score", "chess"))
+    questions = [asked.get(timeout=10) for _ in range(6)]
+    assert len(started) == 3
+    assert {idle.get(timeout=10) for _ in range(3)} == set(started)
+    for worker in started:
+        own = [question for who, question in questions if who is worker]
+        assert [question["function"] for question in own] == ["sympy_equal", "reasoning_gym_score"]
+        assert all(question["is_asked_later"] for question in own)
+
+
+@pytest.mark.parametrize(("function", "package"), [("sympy_equal", "sympy"), ("math_verify_equal", "math_verify")])
+def test_a_question_that_is_asked_later_only_imports(function: str, package: str) -> None:
+    program = (
+        "import sys\nfrom slime.rollout.rm_hub.grading_child import answer\n"
+        f"question = {{'function': {function!r}, 'arguments': [], 'is_asked_later': True}}\n"
+        f"before = {package!r} in sys.modules\nprint(before, answer(question, 5.0), {package!r} in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "False {'result': None} True"
 
 
 def test_a_worker_that_takes_too_long_is_replaced(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
