@@ -11,6 +11,7 @@ ATTRIBUTES = {
     "queue_time": "perf/request/queue_time",
     "decode_throughput": "perf/decode/throughput",
 }
+_SHORTEST_DECODE_S = 0.01  # of several tokens; what is told of less is the time of a message
 STAGES = {"sglang_pd_prefill/": "perf/prefill/", "sglang_pd_decode/": "perf/decode/"}
 
 
@@ -37,11 +38,21 @@ def _collect(events: Sequence[dict[str, Any]], values: dict[str, list[float]]) -
             continue
         if kind != "span_end":
             continue
+        attrs = event.get("attrs") or {}
         for key, metric in ATTRIBUTES.items():
-            value = (event.get("attrs") or {}).get(key)
-            if isinstance(value, int | float):
+            value = attrs.get(key)
+            if isinstance(value, int | float) and not (key == "decode_throughput" and _came_at_once(attrs)):
                 values.setdefault(metric, []).append(float(value))
         for prefix, metric in STAGES.items():
             start = started.get(str(event.get("span_id")))
             if name.startswith(prefix) and start is not None:
                 values.setdefault(metric + name.removeprefix(prefix), []).append(event["ts"] - start)
+
+
+def _came_at_once(attrs: dict[str, Any]) -> bool:
+    """Whether a request was over when SGLang's server heard of its first token, which then tells millions of tokens/s.
+
+    A scheduler reports every so many tokens; a request that is cut, or continued, may have fewer.
+    """
+    completed = attrs.get("completion_tokens")
+    return isinstance(completed, int) and completed - 1 < attrs["decode_throughput"] * _SHORTEST_DECODE_S

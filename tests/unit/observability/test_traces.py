@@ -286,6 +286,21 @@ def test_stages_become_nested_spans_at_their_offsets_and_metrics() -> None:
     assert metrics["perf/decode/transfer/mean"] == pytest.approx(0.5)
 
 
+def test_the_throughput_of_a_request_whose_tokens_came_in_one_message_is_not_counted() -> None:
+    """SGLang counts from the message with the first token, which here is also that with the last."""
+    sample = Sample(index=0)
+    for told in (
+        {},
+        {"completion_tokens": 40, "decode_throughput": 4e7},
+        {"completion_tokens": 40, "decode_throughput": 390.0},
+    ):
+        with trace_span(sample, "sglang_generate") as span:
+            span.update(build_sglang_meta_trace_attrs(META | told))
+    metrics = rollout_metrics(SimpleNamespace(), [sample], None, 1.0)  # type: ignore[arg-type]
+    assert metrics["perf/decode/throughput/mean"] == (50.0 + 390.0) / 2
+    assert metrics["perf/request/e2e_latency/mean"] == 2.0
+
+
 def test_traces_import_without_torch_ray_or_sglang() -> None:
     code = (
         "import sys\nimport slime.observability.trace_utils\n"
