@@ -47,6 +47,8 @@ class Repairs:
         self._answered_s = 0.0
         self._is_repairing = False
         self._restarts: Counter[str] = Counter()
+        self._restarted_records: dict[str, Any] = {}
+        """By name: started again, and no request was let to them yet."""
         self._on_change, self._new_version = on_change, new_version
 
     def begin_rollout(self) -> None:
@@ -100,6 +102,9 @@ class Repairs:
     def admit(self) -> None:
         """After a sync: every engine has the weights and may take requests."""
         self._ask("admit_engines", "register engines with the router")
+        for record in self._restarted_records.values():
+            logger.info("%s serves again at %s with the current weights", record.name, record.url)
+        self._restarted_records.clear()
 
     # ---- how ----
 
@@ -128,14 +133,14 @@ class Repairs:
         if restarted and self._trainer is not None and self._trainer.weight_version > 0:
             self._bring_to_one_version(restarted)
         self.admit()
-        for record in restarted:
-            logger.info("%s serves again at %s with the current weights", record.name, record.url)
 
     def _restarted(self) -> list[Any]:
         """Lost servers started again, on GPUs where the trainer left what it does not need: the engines among them."""
         if self._trainer is not None:
             self._trainer.make_room()
-        return list(self._ask("restart_servers", "start lost servers again"))
+        restarted = list(self._ask("restart_servers", "start lost servers again"))
+        self._restarted_records |= {record.name: record for record in restarted}
+        return restarted
 
     def _bring_to_one_version(self, restarted: list[Any]) -> None:
         """Restarted engines get the version that the others have; if the trainer is further, all get the next one."""

@@ -131,3 +131,16 @@ def test_what_is_lost_again_and_again_ends_the_run(calls: list[Any]) -> None:
     for _ in range(10):
         hands.look()
         hands.begin_rollout()
+
+
+def test_an_engine_that_is_started_again_before_a_sync_is_told_when_it_serves(
+    calls: list[Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Once, and not before the sync has given it the weights."""
+    caplog.set_level("INFO")
+    hands = repairs(calls, [[DEAD], []], trainer=Trainer(calls, {}))
+    hands.start_lost_before_a_sync()
+    assert "serves again" not in caplog.text
+    hands.admit()
+    hands.admit()
+    assert caplog.text.count("engine 1 serves again at http://127.0.0.1:2 with the current weights") == 1
