@@ -84,11 +84,7 @@ class RayTrainGroup:
         if self._is_loaded:
             return []
         self.begin()
-        ((host, port),) = wait_for(
-            {self._name(0): self._actors[0].get_master_addr_and_port.remote()},
-            "start",
-            _START_TIMEOUT_S,
-        )
+        host, port = self._call("get_master_addr_and_port", what="start", timeout_s=_START_TIMEOUT_S)[0]
         start_ids = self._call("init", host, port, what="load the model")
         self._is_loaded = True
         if rollout_manager is not None:

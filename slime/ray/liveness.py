@@ -27,6 +27,8 @@ THREADS = {"liveness": 1}
 
 _MIN_INTERVAL_S, _MAX_INTERVAL_S = 0.5, 2.0
 _INTERVALS_IN_LIMIT = 5
+_LOADING_FACTOR = 5
+"""Libraries and checkpoints on a slow disk can hold an interpreter for long: so many limits of silence are allowed."""
 _TAIL_LINES = 15
 _TAIL_BYTES = 64 * 1024
 
@@ -88,6 +90,7 @@ class _Watched:
     host: str = ""
     lost: str | None = None
     """How it was lost, once it is."""
+    is_loading: bool = False
 
 
 class Liveness:
@@ -116,15 +119,26 @@ class Liveness:
         """Ask no more; actors that live on will miss it."""
         self._ended.set()
 
-    def watch(self, name: str, actor: Any) -> None:
-        """From now on; a later actor of the same name takes the place of the former."""
+    def watch(self, name: str, actor: Any, *, is_loading: bool = False) -> None:
+        """From now on; a later actor of the same name takes the place of the former.
+
+        Asks at once, from the caller's thread: once its process runs the actor misses its owner, wherever that stops.
+
+        Args:
+            is_loading: until it is introduced it may be silent for several times the limit.
+        """
+        entry = _Watched(name, actor, is_loading=is_loading)
+        self._ask(entry)
         with self._lock:
-            self._watched[name] = _Watched(name, actor)
+            self._watched[name] = entry
 
     def introduce(self, name: str, pid: int, host: str) -> None:
-        """A watched actor has started, and this is its process: from now on its silence counts."""
+        """A watched actor has started and loaded, and this is its process: from now on its silence counts in full."""
         with self._lock:
-            if (entry := self._watched.get(name)) is not None and entry.pid is None:
+            if (entry := self._watched.get(name)) is None:
+                return
+            entry.is_loading = False
+            if entry.pid is None:
                 entry.pid, entry.host = pid, host
 
     def forget(self, name: str) -> None:
@@ -169,20 +183,25 @@ class Liveness:
 
     def _look_at(self, entry: _Watched) -> None:
         if entry.question is None:
-            entry.question, entry.asked_s = entry.actor.ping.remote(self._owner, self._limit_s), time.monotonic()
+            self._ask(entry)
         try:
             entry.pid, entry.host = ray.get(entry.question, timeout=0.05)
         except GetTimeoutError:
             silence_s = time.monotonic() - entry.asked_s
             is_started = entry.pid is not None  # until then, whoever starts it has a deadline of its own
-            if is_started and 0 < self._limit_s < silence_s:
-                how = f"has given no sign of life for {silence_s:.0f} s (--liveness-timeout {self._limit_s:g})"
-                self._lose(entry, f"{how}{_state(entry)}")
+            allowed_s = self._limit_s * (_LOADING_FACTOR if entry.is_loading else 1)
+            if is_started and 0 < allowed_s < silence_s:
+                option = f"--liveness-timeout {self._limit_s:g}"
+                option += f", {_LOADING_FACTOR} times that while it loads" if entry.is_loading else ""
+                self._lose(entry, f"has given no sign of life for {silence_s:.0f} s ({option}){_state(entry)}")
                 _kill(entry)
         except RayError as error:  # also where Ray itself ended it, for want of memory
             self._lose(entry, f"died at {time.strftime('%H:%M:%S')}: {_first_line(error)}")
         else:
             entry.question = None
+
+    def _ask(self, entry: _Watched) -> None:
+        entry.question, entry.asked_s = entry.actor.ping.remote(self._owner, self._limit_s), time.monotonic()
 
     def _lose(self, entry: _Watched, how: str) -> None:
         where = "" if entry.pid is None else f" (pid {entry.pid}{_elsewhere(entry)})"

@@ -183,7 +183,7 @@ class Run:
         waits = shares_gpu or args.offload_rollout or args.num_rollout is None or args.debug_rollout_only
         # What a trainer imports it can import meanwhile; it is told the number of rollouts when its process starts.
         begins = waits and args.num_rollout is not None and not args.debug_rollout_only
-        begun = begin_training_models(args, groups) if begins else None
+        begun = self._begin_trainer(groups) if begins else None
         rollouts_per_epoch = wait_until_started(args, self._manager, starting) if waits else None
         if args.debug_rollout_only:
             args.start_rollout_id = args.start_rollout_id or 0
@@ -199,10 +199,15 @@ class Run:
     def _start_trainer(self, groups: dict[str, Devices], begun: RayTrainGroup | None) -> None:
         num_ranks = len(groups["actor"].bundles)
         logger.info("starting %d trainer rank(s), loading %s", num_ranks, self.args.hf_checkpoint)
+        begun = begun or self._begin_trainer(groups)
         self._actor, _ = create_training_models(self.args, groups, self._manager, begun)
-        for name, actor in self._actor.actors().items():
-            self._liveness.watch(name, actor)
         self._turns.trainer = self._actor
+
+    def _begin_trainer(self, groups: dict[str, Devices]) -> RayTrainGroup:
+        begun = begin_training_models(self.args, groups)
+        for name, actor in begun.actors().items():
+            self._liveness.watch(name, actor, is_loading=True)
+        return begun
 
     def _connect(self) -> None:
         if self._actor is None or self.args.debug_train_only:

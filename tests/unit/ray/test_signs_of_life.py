@@ -59,15 +59,19 @@ def liveness(worker: Any) -> Iterator[Any]:
     liveness.close()
 
 
+def wait_until(is_so: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def two(ray: Any, worker: Any, liveness: Any) -> tuple[list[Any], list[int]]:
     actors = [worker(), worker()]
     for rank, actor in enumerate(actors):
         liveness.watch(f"rank {rank}", actor)
     pids = ray.get([actor.pid.remote() for actor in actors])
-    deadline = time.monotonic() + PATIENCE_S
-    while not all(f"rank {rank}" in liveness._watched and liveness._watched[f"rank {rank}"].pid for rank in (0, 1)):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until(lambda: all(liveness._watched[f"rank {rank}"].pid for rank in (0, 1)))
     return actors, pids
 
 
@@ -79,10 +83,7 @@ def test_a_process_that_is_stopped_before_its_first_sign_is_named_once_it_was_in
     os.kill(pid, signal.SIGSTOP)
     liveness.watch("rank 0", actor)
     liveness.introduce("rank 0", pid, socket.gethostname())
-    deadline = time.monotonic() + PATIENCE_S
-    while not liveness.lost():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_until(liveness.lost)
     assert f"rank 0 (pid {pid}) has given no sign of life" in liveness.lost()["rank 0"]
     assert "stopped by a signal" in liveness.lost()["rank 0"]
 
@@ -129,11 +130,50 @@ def test_an_actor_ends_when_nobody_asks_any_more(ray: Any, worker: Any) -> None:
     liveness.start()
     _, pids = two(ray, worker, liveness)
     liveness.close()
-    deadline = time.monotonic() + PATIENCE_S
-    for pid in pids:
-        while os.path.exists(f"/proc/{pid}"):
-            assert time.monotonic() < deadline, "it still runs"
-            time.sleep(0.1)
+    wait_until(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in pids))
+
+
+def test_an_actor_that_was_watched_misses_an_owner_that_stops_at_once(ray: Any, worker: Any) -> None:
+    from slime.ray.liveness import Liveness
+
+    liveness = Liveness("the test", 1.0)
+    actor = worker()
+    liveness.watch("rank 0", actor)  # never started: as if it was stopped before its first look around
+    pid = ray.get(actor.pid.remote())
+    wait_until(lambda: not os.path.exists(f"/proc/{pid}"))
+
+
+def test_a_process_may_be_silent_for_longer_while_it_loads(ray: Any, worker: Any) -> None:
+    from slime.ray.liveness import Liveness
+
+    liveness = Liveness("the test", 1.0)
+    actor = worker()
+    liveness.watch("rank 0", actor, is_loading=True)
+    liveness.start()
+    pid = ray.get(actor.pid.remote())
+    wait_until(lambda: liveness._watched["rank 0"].pid)
+    os.kill(pid, signal.SIGSTOP)
+    stopped_s = time.monotonic()
+    wait_until(liveness.lost)
+    assert time.monotonic() - stopped_s > 3.0
+    assert "(--liveness-timeout 1, 5 times that while it loads); it is stopped" in liveness.lost()["rank 0"]
+    liveness.close()
+
+
+def test_who_was_introduced_loads_no_more(ray: Any, worker: Any) -> None:
+    from slime.ray.liveness import Liveness
+
+    liveness = Liveness("the test", 1.0)
+    actor = worker()
+    liveness.watch("rank 0", actor, is_loading=True)
+    liveness.start()
+    pid = ray.get(actor.pid.remote())
+    wait_until(lambda: liveness._watched["rank 0"].pid)
+    liveness.introduce("rank 0", pid, socket.gethostname())
+    os.kill(pid, signal.SIGSTOP)
+    wait_until(liveness.lost)
+    assert "(--liveness-timeout 1); it is stopped" in liveness.lost()["rank 0"]
+    liveness.close()
 
 
 def test_a_deadline_names_who_is_late(ray: Any, worker: Any) -> None:
